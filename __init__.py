@@ -1,0 +1,1 @@
+"""kd: an offline teacher-logit caching pipeline for knowledge distillation."""

@@ -1,0 +1,1 @@
+"""Mechanism: artifacts, stages, the teacher store. Knows no model, loss or task."""

@@ -1,0 +1,1 @@
+"""What kd does: one stage per file or folder."""
