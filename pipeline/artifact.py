@@ -88,7 +88,9 @@ def read_manifest(path: Path | str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RefusedError(f"{file} is not JSON: {error}", fix=f"delete {file.parent} and run its stage again") from None
+        raise RefusedError(
+            f"{file} is not JSON: {error}", fix=f"delete {file.parent} and run its stage again"
+        ) from None
     wanted = {"format", "kind", "fingerprint"}
     if not isinstance(manifest, dict) or not wanted <= manifest.keys():
         raise RefusedError(f"{file} is not a kd manifest", details=[f"expected the keys: {', '.join(sorted(wanted))}"])

@@ -21,9 +21,9 @@ class KdError(Exception):
         self, what: str, *, details: Sequence[str] | Mapping[str, object] = (), fix: str | None = None
     ) -> None:
         self.what = what
-        self.details = [f"{name}: {value}" for name, value in details.items()] if isinstance(details, Mapping) else [
-            *details
-        ]
+        self.details = (
+            [f"{name}: {value}" for name, value in details.items()] if isinstance(details, Mapping) else [*details]
+        )
         self.fix = fix
         super().__init__(self._text())
 

@@ -1,0 +1,37 @@
+# Every target sets up what it needs: Python 3.11, pip and make are enough.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test check bench docs clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.links/kd:
+	mkdir -p .links && ln -sfn .. $@
+
+quickstart: $(READY)  ## the main job on real text: Banking77, MiniLM teacher, three students, one table
+	$(BIN)/kd run workflows/quickstart.yaml
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest -q
+
+check: $(READY) .links/kd  ## format, lint, types, layers, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p kd
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow"
+
+bench: $(READY)  ## speed and memory, as ratios within one run
+	for file in capture read train startup; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+
+docs: $(READY)  ## regenerate the pages that are made from the code
+	$(BIN)/python -m kd.docs
+
+clean:
+	rm -rf .links build *.egg-info .mypy_cache .ruff_cache .hypothesis

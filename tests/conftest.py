@@ -1,0 +1,114 @@
+"""Shared fixtures: a tiny seeded teacher with a real WordPiece tokenizer, and sentences made of its words."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test imports them: no hub, no forked tokenizer threads, one thread a test process.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+SUBJECTS = "the cat|a dog|my old friend|the tall teacher|every small student|our card|this bank account|the film".split(
+    "|"
+)
+VERBS = "likes|reads|sees|never finds|often breaks|slowly opens|loses|gladly pays for".split("|")
+OBJECTS = (
+    "the book|a warm dinner|green apples|the transfer|nothing at all|two bright stars|the long plot|its own fee".split(
+        "|"
+    )
+)
+ENDINGS = "|today|in the rain|without a word|on the train to town|, and everyone laughs at it".split("|")
+
+
+def make_sentences(count: int, seed: int = 0) -> list[str]:
+    """`count` distinct English sentences of 4 to 17 words, in an order that follows from the seed."""
+    grid = [
+        " ".join(filter(None, parts)).replace(" ,", ",")
+        for parts in itertools.product(SUBJECTS, VERBS, OBJECTS, ENDINGS)
+    ]
+    random.Random(seed).shuffle(grid)
+    assert count <= len(grid)
+    return grid[:count]
+
+
+def make_tiny_teacher(
+    folder: Path,
+    *,
+    num_labels: int = 3,
+    seed: int = 0,
+    num_layers: int = 2,
+    hidden_size: int = 32,
+    **config_fields: object,
+) -> Path:
+    """Save a seeded BertForSequenceClassification and a WordPiece tokenizer over the words of `make_sentences`."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = sorted(
+        {word for phrase in (*SUBJECTS, *VERBS, *OBJECTS, *ENDINGS) for word in phrase.replace(",", " , ").split()}
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [*words, *letters, *(f"##{letter}" for letter in letters), ".", "!", "?", "'", "-", *"0123456789"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces)]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    names = ["negative", "neutral", "positive"] if num_labels == 3 else [f"class_{i}" for i in range(num_labels)]
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="single_label_classification",
+        **config_fields,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config).eval()
+        # The default initialisation (0.02) gives logits that hardly depend on the input; this one does.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.25)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """200 distinct sentences in words that the tiny teacher's tokenizer knows."""
+    return make_sentences(200)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a seeded 2-layer BERT classifier (hidden 32, 4 heads, labels negative/neutral/positive)."""
+    return make_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
