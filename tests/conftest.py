@@ -16,16 +16,28 @@ from pathlib import Path
 
 import pytest
 
-SUBJECTS = "the cat|a dog|my old friend|the tall teacher|every small student|our card|this bank account|the film".split(
-    "|"
-)
-VERBS = "likes|reads|sees|never finds|often breaks|slowly opens|loses|gladly pays for".split("|")
-OBJECTS = (
-    "the book|a warm dinner|green apples|the transfer|nothing at all|two bright stars|the long plot|its own fee".split(
-        "|"
-    )
-)
-ENDINGS = "|today|in the rain|without a word|on the train to town|, and everyone laughs at it".split("|")
+SUBJECTS = [
+    "the cat",
+    "a dog",
+    "my old friend",
+    "the tall teacher",
+    "every small student",
+    "our card",
+    "this bank account",
+    "the film",
+]
+VERBS = ["likes", "reads", "sees", "never finds", "often breaks", "slowly opens", "loses", "gladly pays for"]
+OBJECTS = [
+    "the book",
+    "a warm dinner",
+    "green apples",
+    "the transfer",
+    "nothing at all",
+    "two bright stars",
+    "the long plot",
+    "its own fee",
+]
+ENDINGS = ["", "today", "in the rain", "without a word", "on the train to town", ", and everyone laughs at it"]
 
 
 def make_sentences(count: int, seed: int = 0) -> list[str]:
