@@ -17,25 +17,13 @@ from pathlib import Path
 import pytest
 
 SUBJECTS = [
-    "the cat",
-    "a dog",
-    "my old friend",
-    "the tall teacher",
-    "every small student",
-    "our card",
-    "this bank account",
-    "the film",
+    *("the cat", "a dog", "my old friend", "the tall teacher"),
+    *("every small student", "our card", "this bank account", "the film"),
 ]
 VERBS = ["likes", "reads", "sees", "never finds", "often breaks", "slowly opens", "loses", "gladly pays for"]
 OBJECTS = [
-    "the book",
-    "a warm dinner",
-    "green apples",
-    "the transfer",
-    "nothing at all",
-    "two bright stars",
-    "the long plot",
-    "its own fee",
+    *("the book", "a warm dinner", "green apples", "the transfer"),
+    *("nothing at all", "two bright stars", "the long plot", "its own fee"),
 ]
 ENDINGS = ["", "today", "in the rain", "without a word", "on the train to town", ", and everyone laughs at it"]
 
