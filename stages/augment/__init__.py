@@ -1,0 +1,1 @@
+"""`kd augment`: views of a corpus, made before the teacher sees it."""
