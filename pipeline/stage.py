@@ -6,18 +6,25 @@ the fingerprint hashes: one source. `execute` decides between skip, refuse, resu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from .artifact import Artifact, open_artifact, read_manifest, write_manifest
-from .errors import RefusedError
+from .artifact import MANIFEST, Artifact, open_artifact, read_manifest, write_manifest
+from .errors import KdError, RefusedError
 from .fingerprint import differing_fields, fingerprint
+
+UNFINISHED = "unfinished.json"
+"""Marks a folder that a stage is working on, or was when it was killed; holds the identity of that work."""
 
 
 def option(
@@ -63,9 +70,14 @@ class ProgressTask(Protocol):
 
 
 class Progress(Protocol):
-    """Where a stage reports what it is doing. Never stdout."""
+    """Where a stage reports what it is doing. Never stdout.
 
-    def task(self, name: str, *, total: float | None = None, unit: str = "rows") -> ProgressTask: ...
+    A task's `initial` amount was done by an earlier run: it counts as done and not towards the rate.
+    """
+
+    def task(
+        self, name: str, *, total: float | None = None, unit: str = "rows", initial: float = 0
+    ) -> ProgressTask: ...
 
     def info(self, text: str, **fields: Any) -> None: ...
 
@@ -85,7 +97,7 @@ class _NullTask:
 class NullProgress:
     """Reports nothing; for the Python API and tests."""
 
-    def task(self, name: str, *, total: float | None = None, unit: str = "rows") -> ProgressTask:
+    def task(self, name: str, *, total: float | None = None, unit: str = "rows", initial: float = 0) -> ProgressTask:
         return _NullTask()
 
     def info(self, text: str, **fields: Any) -> None:
@@ -100,10 +112,17 @@ class NullProgress:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What surrounds one execution and does not change its result."""
+    """What surrounds one execution and does not change its result.
+
+    Attributes:
+        progress: where the stage reports.
+        overwrite: replace the artifact in `output_dir`, whatever made it.
+        overwrite_changed: replace it only if other settings or inputs made it.
+    """
 
     progress: Progress = dataclass_field(default_factory=NullProgress)
     overwrite: bool = False
+    overwrite_changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,20 +133,33 @@ class StageResult:
         summary: figures for people (`--json` prints them): rows, bytes, seconds.
         content: what readers of the artifact need.
         finished: False when nothing was written (a dry run): no manifest is made.
+        failure: the work ended, with a summary worth printing, and is not good: no manifest is made, the command
+            prints the summary, then this error, and exits with its code.
     """
 
     summary: Mapping[str, Any]
     content: Mapping[str, Any] = dataclass_field(default_factory=dict)
     finished: bool = True
+    failure: KdError | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `execute` ended: `skipped` when the artifact was already there."""
+    """How `execute` ended.
+
+    Attributes:
+        skipped: the artifact was already there.
+        summary: the stage's figures; those of the earlier run when skipped.
+        artifact: what it made; None for a report, a dry run or a failure.
+        changed: one line per field in which a replaced artifact differed.
+        failure: what to report and exit with, after the summary.
+    """
 
     skipped: bool
     summary: Mapping[str, Any]
     artifact: Artifact | None
+    changed: tuple[str, ...] = ()
+    failure: KdError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +174,8 @@ class Stage:
     """One line for `kd --help`."""
     version: ClassVar[int] = 1
     """Raised when the same configuration starts to give another result."""
+    on_interrupt: ClassVar[str] = "the same command starts it again"
+    """What is kept when it is interrupted, and how it goes on; printed after Ctrl-C."""
 
     def config(self) -> dict[str, Any]:
         """Every field and its value, JSON-ready."""
@@ -166,6 +200,10 @@ class Stage:
         """Do the work into `output_dir`; called only when it is needed."""
         raise RefusedError(f"stage {self.command!r} has no work of its own")
 
+    def report(self, summary: Mapping[str, Any]) -> str | None:
+        """The result for people, printed on stdout; None prints the summary as aligned lines."""
+        return None
+
     def fingerprint_of(self, inputs: Mapping[str, str]) -> str:
         """Hash of stage, version, identity fields and the fingerprints of the inputs."""
         return fingerprint(self._identity(inputs))
@@ -178,69 +216,196 @@ class Stage:
 def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
     """Run a stage unless its artifact is there.
 
+    While it runs, `output_dir` holds `unfinished.json`, locked. An artifact that is to be replaced stands beside it
+    as `<name>.replaced` until the new one is complete, and comes back when its settings do.
+
     Raises:
-        RefusedError: `output_dir` holds the result of another configuration (the differing fields are shown), or
-            files that no stage of kd put there.
+        RefusedError: `output_dir` holds the result, or the unfinished work, of another configuration (the differing
+            fields are shown), files that no stage of kd put there, or work that another process is doing now.
     """
     context = context or StageContext()
     output_dir = getattr(stage, "output_dir", None)
     inputs = stage.inputs()
-    if stage.kind is None or output_dir is None:
+    if stage.kind is None or output_dir is None or getattr(stage, "dry_run", False):
         result = stage.run(context)
-        return Outcome(skipped=False, summary=result.summary, artifact=None)
+        return Outcome(skipped=False, summary=result.summary, artifact=None, failure=result.failure)
 
     folder = Path(output_dir)
-    wanted = stage.fingerprint_of(inputs)
-    found = read_manifest(folder) if folder.exists() else None
+    if folder.is_symlink():
+        folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise RefusedError(f"{folder} is a file; a {stage.kind} is a directory", fix="give another --output-dir")
+    identity = stage._identity(inputs)
+    wanted = fingerprint(identity)
+
+    found = read_manifest(folder)
+    if found is None and not context.overwrite:
+        found = _restore(folder, wanted)
     if found is not None and found["fingerprint"] == wanted and not context.overwrite:
         context.progress.info(f"{stage.command}: {folder} is already done; nothing to do", skipped=True)
         return Outcome(skipped=True, summary=found.get("summary", {}), artifact=Artifact(folder, found))
-    if found is not None and found["fingerprint"] != wanted and not context.overwrite:
+
+    changed: tuple[str, ...] = ()
+    if found is not None:
+        changed = _differences(found, identity, wanted)
+        if changed and not (context.overwrite or context.overwrite_changed):
+            raise RefusedError(
+                f"{folder} holds a {found['kind']} made with other settings",
+                details=changed,
+                fix="give another --output-dir, or --overwrite to replace it",
+            )
+        if changed:
+            context.progress.info(
+                f"{stage.command}: {folder} is made again: {'; '.join(changed)}", changed=list(changed)
+            )
+        _set_aside(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        _take_over(folder, stage, identity, context)
+
+    with _claimed(folder, identity):
+        started = time.perf_counter()
+        result = stage.run(context)
+        if not result.finished or result.failure is not None:
+            return Outcome(
+                skipped=False, summary=result.summary, artifact=None, changed=changed, failure=result.failure
+            )
+        summary = {"seconds": round(time.perf_counter() - started, 3), **result.summary}
+        write_manifest(
+            folder,
+            {
+                "kd_version": _kd_version(),
+                "kind": stage.kind,
+                "stage": stage.command,
+                "fingerprint": wanted,
+                "identity": identity,
+                "config": stage.config(),
+                "inputs": inputs,
+                "summary": summary,
+                "content": dict(result.content),
+            },
+        )
+    if read_manifest(_aside(folder)) is not None:
+        _discard(_aside(folder))
+    artifact = open_artifact(folder, kind=stage.kind)
+    return Outcome(skipped=False, summary=summary, artifact=artifact, changed=changed)
+
+
+def _differences(found: Mapping[str, Any], identity: Mapping[str, Any], wanted: str) -> tuple[str, ...]:
+    if found["fingerprint"] == wanted:
+        return ()
+    return tuple(differing_fields(found.get("identity", {}), identity)) or ("made by another version",)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Hold `folder/unfinished.json`, locked; it goes when the folder has its manifest or nothing else in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / UNFINISHED
+    with _locked(marker) as descriptor:
+        data = json.dumps({"identity": identity}, ensure_ascii=False).encode()
+        if marker.read_bytes() != data:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, data)
+        try:
+            yield
+        finally:
+            names = os.listdir(folder) if folder.is_dir() else []
+            if MANIFEST in names or names == [UNFINISHED]:
+                marker.unlink()
+            if names == [UNFINISHED]:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(marker: Path) -> Iterator[int]:
+    descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(
+                f"another process is working in {marker.parent} now",
+                fix="wait for it and run the same command again, or give another --output-dir",
+            ) from None
+        except OSError:
+            pass  # A file system without locks: the marker alone has to do.
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _take_over(folder: Path, stage: Stage, identity: Mapping[str, Any], context: StageContext) -> None:
+    """Make sure that what lies in `folder` may be continued by this work, or clear what may be cleared."""
+    if not (folder / UNFINISHED).exists():
         raise RefusedError(
-            f"{folder} holds a {found['kind']} made with other settings",
-            details=differing_fields(found.get("identity", {}), stage._identity(inputs)) or ["made by another version"],
+            f"{folder} holds files that are not a finished or unfinished {stage.kind} of kd",
+            fix="give another --output-dir, or empty that folder yourself",
+        )
+    with _locked(folder / UNFINISHED):
+        pass
+    if os.listdir(folder) == [UNFINISHED]:
+        return
+    try:
+        marker = json.loads((folder / UNFINISHED).read_bytes())["identity"]
+        changed = differing_fields(marker, identity)
+    except (ValueError, KeyError, TypeError):
+        changed = [f"{UNFINISHED} is damaged"]
+    if not changed and not context.overwrite:
+        context.progress.info(f"{stage.command}: continues in {folder}", resumed=True)
+        return
+    if changed and not (context.overwrite or context.overwrite_changed):
+        raise RefusedError(
+            f"{folder} holds an interrupted {stage.kind} with other settings",
+            details=changed,
             fix="give another --output-dir, or --overwrite to replace it",
         )
-    if folder.exists() and not folder.is_dir():
-        raise RefusedError(f"{folder} is a file; a {stage.kind} is a directory", fix="give another --output-dir")
-
-    started = time.perf_counter()
-    if context.overwrite:
-        discard(folder)
-    result = stage.run(context)
-    if not result.finished:
-        return Outcome(skipped=False, summary=result.summary, artifact=None)
-    summary = {"seconds": round(time.perf_counter() - started, 3), **result.summary}
-    write_manifest(
-        folder,
-        {
-            "kd_version": _kd_version(),
-            "kind": stage.kind,
-            "stage": stage.command,
-            "fingerprint": wanted,
-            "identity": stage._identity(inputs),
-            "config": stage.config(),
-            "inputs": inputs,
-            "summary": summary,
-            "content": dict(result.content),
-        },
-    )
-    return Outcome(skipped=False, summary=summary, artifact=open_artifact(folder, kind=stage.kind))
+    _discard(folder)
 
 
-def discard(folder: Path) -> None:
-    """Remove an artifact that is to be replaced; refuses a folder that is not one.
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".replaced")
 
-    An unfinished folder has no manifest yet, so only a marker or a manifest of ours makes it safe to delete.
-    """
+
+def _set_aside(folder: Path) -> None:
+    _refuse_store(folder)
+    _discard(_aside(folder))
+    folder.rename(_aside(folder))
+
+
+def _restore(folder: Path, wanted: str) -> dict[str, Any] | None:
+    """Bring back the artifact that stands aside if it is the wanted one; its manifest, or None."""
+    kept = read_manifest(_aside(folder))
+    if kept is None or kept["fingerprint"] != wanted:
+        return None
+    if (folder / UNFINISHED).exists():
+        with _locked(folder / UNFINISHED):
+            _discard(folder)
+    if folder.exists():
+        return None
+    _aside(folder).rename(folder)
+    return kept
+
+
+def _discard(folder: Path) -> None:
+    """Remove an artifact, finished or not, and nothing else."""
     if not folder.exists():
         return
-    if read_manifest(folder) is None and any(folder.iterdir()):
+    _refuse_store(folder)
+    if read_manifest(folder) is None and not (folder / UNFINISHED).exists():
         raise RefusedError(
-            f"--overwrite would delete {folder}, which is not a finished artifact of kd",
-            fix="delete it yourself if that is what you want, or give another --output-dir",
+            f"{folder} would be deleted, which is not an artifact of kd",
+            fix="move it away, or give another --output-dir",
         )
     shutil.rmtree(folder)
+
+
+def _refuse_store(folder: Path) -> None:
+    store = next(folder.rglob("store.json"), None)
+    if store is not None:
+        raise RefusedError(
+            f"replacing {folder} would delete the store in {store.parent}; kd never deletes a store",
+            fix="move the store out of that folder, or give another --output-dir",
+        )
 
 
 def _kd_version() -> str:

@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 
 from kd.pipeline.artifact import open_artifact
-from kd.pipeline.errors import RefusedError
-from kd.pipeline.stage import Stage, StageContext, StageResult, execute, option
+from kd.pipeline.errors import IncompleteError, RefusedError
+from kd.pipeline.stage import UNFINISHED, Stage, StageContext, StageResult, execute, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,12 @@ class Count(Stage):
         if self.limit < 0:
             raise RefusedError(f"limit is {self.limit}")
         folder = Path(self.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "calls").open("a") as calls:
             calls.write("x")
+        if self.limit >= 100:
+            raise RefusedError(f"limit is {self.limit}, too late")
+        if self.limit >= 50:
+            return StageResult(summary={"limit": self.limit}, failure=IncompleteError("half of it"))
         return StageResult(summary={"limit": self.limit}, content={"limit": self.limit})
 
 
@@ -73,7 +76,7 @@ def test_overwrite_replaces_the_old_artifact(tmp_path: Path) -> None:
 def test_overwrite_never_deletes_a_folder_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RefusedError, match="not a finished artifact"):
+    with pytest.raises(RefusedError, match="not a finished or unfinished"):
         execute(Count(output_dir=str(tmp_path / "home")), StageContext(overwrite=True))
     assert (tmp_path / "home" / "thesis.tex").exists()
 
@@ -117,3 +120,93 @@ def test_the_manifest_records_configuration_inputs_and_summary(tmp_path: Path) -
     assert "workers" not in manifest["identity"]["config"]
     assert manifest["summary"]["limit"] == 3
     assert manifest["stage"] == "count"
+
+
+def test_a_stage_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="limit is -1"):
+        execute(Count(output_dir=str(tmp_path / "a"), limit=-1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_work_is_continued_by_the_same_settings_and_refused_by_others(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="too late"):
+        execute(Count(output_dir=str(tmp_path / "a"), limit=100))
+    assert (tmp_path / "a" / UNFINISHED).exists()
+    with pytest.raises(RefusedError, match=r"interrupted corpus with other settings\n  config\.limit: 100 → 3"):
+        execute(Count(output_dir=str(tmp_path / "a")))
+    with pytest.raises(RefusedError, match="too late"):
+        execute(Count(output_dir=str(tmp_path / "a"), limit=100))
+    assert calls(tmp_path / "a") == 2
+    execute(Count(output_dir=str(tmp_path / "a")), StageContext(overwrite_changed=True))
+    assert calls(tmp_path / "a") == 1
+    assert not (tmp_path / "a" / UNFINISHED).exists()
+
+
+def test_a_damaged_marker_is_not_mistaken_for_the_same_work(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / UNFINISHED).write_text("{")
+    (tmp_path / "a" / "half").write_text("x")
+    with pytest.raises(RefusedError, match="damaged"):
+        execute(Count(output_dir=str(tmp_path / "a")))
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Twice(Count):
+        def run(self, context: StageContext) -> StageResult:
+            for context_again in (StageContext(), StageContext(overwrite=True), StageContext(overwrite_changed=True)):
+                (Path(self.output_dir) / "work").write_text("mine")
+                with pytest.raises(RefusedError, match="another process is working"):
+                    execute(Count(output_dir=self.output_dir, limit=4), context_again)
+            return super().run(context)
+
+    execute(Twice(output_dir=str(tmp_path / "a")))
+    assert (tmp_path / "a" / "work").read_text() == "mine"
+
+
+def test_overwrite_changed_replaces_only_what_other_settings_made_and_says_what_differed(tmp_path: Path) -> None:
+    context = StageContext(overwrite_changed=True)
+    execute(Count(output_dir=str(tmp_path / "a")), context)
+    assert execute(Count(output_dir=str(tmp_path / "a")), context).skipped
+    outcome = execute(Count(output_dir=str(tmp_path / "a"), limit=4), context)
+    assert outcome.changed == ("config.limit: 3 → 4",)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_old_artifact_is_kept_until_the_new_one_is_complete_and_comes_back_with_its_settings(
+    tmp_path: Path,
+) -> None:
+    execute(Count(output_dir=str(tmp_path / "a")))
+    with pytest.raises(RefusedError, match="too late"):
+        execute(Count(output_dir=str(tmp_path / "a"), limit=100), StageContext(overwrite_changed=True))
+    assert open_artifact(tmp_path / "a.replaced").content["limit"] == 3
+    assert execute(Count(output_dir=str(tmp_path / "a"))).skipped
+    assert open_artifact(tmp_path / "a").content["limit"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_store_is_never_deleted_with_an_artifact(tmp_path: Path) -> None:
+    execute(Count(output_dir=str(tmp_path / "a")))
+    (tmp_path / "a" / "inner" / "store").mkdir(parents=True)
+    (tmp_path / "a" / "inner" / "store" / "store.json").write_text("{}")
+    for context in (StageContext(overwrite=True), StageContext(overwrite_changed=True)):
+        with pytest.raises(RefusedError, match="never deletes a store"):
+            execute(Count(output_dir=str(tmp_path / "a"), limit=4), context)
+    assert (tmp_path / "a" / "inner" / "store" / "store.json").exists()
+
+
+def test_someone_elses_folder_in_the_place_of_the_replaced_one_is_not_deleted(tmp_path: Path) -> None:
+    execute(Count(output_dir=str(tmp_path / "a")))
+    (tmp_path / "a.replaced").mkdir()
+    (tmp_path / "a.replaced" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RefusedError, match="not an artifact of kd"):
+        execute(Count(output_dir=str(tmp_path / "a"), limit=4), StageContext(overwrite=True))
+    assert (tmp_path / "a.replaced" / "thesis.tex").exists()
+    assert execute(Count(output_dir=str(tmp_path / "a"))).skipped
+
+
+def test_a_result_with_a_failure_keeps_its_summary_and_gets_no_manifest(tmp_path: Path) -> None:
+    outcome = execute(Count(output_dir=str(tmp_path / "a"), limit=50))
+    assert (outcome.summary["limit"], str(outcome.failure)) == (50, "half of it")
+    with pytest.raises(RefusedError, match="has not finished"):
+        open_artifact(tmp_path / "a")
