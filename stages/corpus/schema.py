@@ -1,0 +1,120 @@
+"""The columns of a corpus and what identifies an example."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import pyarrow as pa
+
+from .source import TASKS
+
+EXAMPLE_ID_BYTES = 16
+NO_LABEL = -1
+"""What `Corpus.labels` holds where a class is not known, and what data sets publish in its place."""
+
+_TEXT_COLUMNS = (
+    ("example_id", pa.binary(EXAMPLE_ID_BYTES)),
+    ("parent_id", pa.binary(EXAMPLE_ID_BYTES)),
+    ("task", pa.dictionary(pa.int32(), pa.string())),
+    ("split", pa.dictionary(pa.int32(), pa.string())),
+    ("text_a", pa.string()),
+    ("text_b", pa.string()),
+)
+_LABEL_COLUMN = {
+    "single-label": ("label_gold", pa.int32()),
+    "regression": ("label_score", pa.float32()),
+    "multi-label": ("labels", pa.list_(pa.int8())),
+}
+_PROVENANCE_COLUMNS = (
+    ("has_gold", pa.bool_()),
+    ("aug_op", pa.dictionary(pa.int32(), pa.string())),
+    ("aug_iter", pa.int16()),
+    ("aug_side", pa.dictionary(pa.int32(), pa.string())),
+    ("aug_version", pa.dictionary(pa.int32(), pa.string())),
+    ("aug_config_hash", pa.binary(8)),
+    ("seed", pa.int64()),
+    ("n_words_a", pa.int32()),
+    ("n_words_b", pa.int32()),
+    ("source", pa.dictionary(pa.int32(), pa.string())),
+)
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """What the rows of a corpus mean.
+
+    Attributes:
+        task: "single-label", "multi-label" or "regression".
+        label_names: class names, in the order of the label's integers; () for regression and for unlabelled text.
+        text_column, text_pair_column, label_column: where the rows came from; None where there is no such column.
+    """
+
+    task: str
+    label_names: tuple[str, ...]
+    text_column: str
+    text_pair_column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row is two texts."""
+        return self.text_pair_column is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-ready dict; `from_json` reads it."""
+        return asdict(self) | {"label_names": list(self.label_names)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> CorpusInfo:
+        """The info that `to_json` wrote."""
+        return cls(**{**fields, "label_names": tuple(fields["label_names"])})
+
+
+def label_field(task: str) -> str:
+    """The column that holds the gold label of a task."""
+    return _LABEL_COLUMN[task][0]
+
+
+def schema(task: str) -> pa.Schema:
+    """The Arrow schema of a corpus of this task.
+
+    Key columns: `example_id` (see `example_ids`); `parent_id`, the example a variant was made from, null for
+    originals; the gold label, null where there is none: `label_gold` (int32, index into the label names),
+    `label_score` (float32) or `labels` (list<int8>, one 0 or 1 per class). `aug_op` is "orig" or how the row was
+    made; the other `aug_*` columns, `seed` and the word counts are null for rows that no augmentation has seen.
+    """
+    assert task in TASKS, task
+    return pa.schema([*_TEXT_COLUMNS, _LABEL_COLUMN[task], *_PROVENANCE_COLUMNS])
+
+
+def normalised(text: str) -> str:
+    """The text as it counts for identity: Unicode NFC."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def example_ids(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> tuple[list[bytes], list[int]]:
+    """`(ids, dup_index)`: 16 bytes per example, and how many equal examples came before it.
+
+    The id is BLAKE2b-128 over a tag, the NFC texts (with the length of the first, so that no two pairs write the same
+    bytes) and the dup_index. Labels are no part of it: the same text has the same id in every task and every file, so
+    a choice made by id (which labels are kept, say) is the same in every command.
+
+    >>> ids, duplicates = example_ids(["a film", "a book", "a film"])
+    >>> len(set(ids)), duplicates
+    (3, [0, 0, 1])
+    """
+    seen: dict[bytes, int] = {}
+    ids, duplicates = [], []
+    for i, text in enumerate(texts_a):
+        first = normalised(text).encode()
+        second = b"" if texts_b is None else b"\x1f" + normalised(texts_b[i]).encode()
+        content = b"kd-example-1\x1f%d\x1f%s%s\x1f" % (len(first), first, second)
+        duplicate = seen.get(content, 0)
+        seen[content] = duplicate + 1
+        duplicates.append(duplicate)
+        ids.append(blake2b(content + b"%d" % duplicate, digest_size=EXAMPLE_ID_BYTES).digest())
+    return ids, duplicates
