@@ -36,6 +36,7 @@ def option(
     positional: bool = False,
     metavar: str | None = None,
     choices: tuple[str, ...] | None = None,
+    split: bool = True,
 ) -> Any:
     """A stage field that is also a command-line option.
 
@@ -47,6 +48,7 @@ def option(
         positional: a positional argument instead of `--name`.
         metavar: how `--help` names the value.
         choices: the values allowed; others are a UsageError with near matches.
+        split: whether a comma in an option of a tuple field starts the next entry.
     """
     metadata = {
         "help": help,
@@ -55,6 +57,7 @@ def option(
         "positional": positional,
         "metavar": metavar,
         "choices": choices,
+        "split": split,
     }
     if default is MISSING:
         return dataclass_field(metadata=metadata)
@@ -211,6 +214,32 @@ class Stage:
     def _identity(self, inputs: Mapping[str, str]) -> dict[str, Any]:
         config = {name: value for name, value in self.identity_config().items() if name not in inputs}
         return {"stage": self.command, "version": self.version, "config": config, "inputs": dict(inputs)}
+
+
+def pending(stage: Stage) -> tuple[str, tuple[str, ...]]:
+    """What `execute` would find: a state and one line per differing field.
+
+    The state is "done", "changed" (finished or unfinished work of other settings), "unfinished" or "new". A stage that
+    only reports is always "new".
+    """
+    inputs = stage.inputs()
+    output_dir = getattr(stage, "output_dir", None)
+    if stage.kind is None or output_dir is None:
+        return "new", ()
+    folder, identity = Path(output_dir), stage._identity(inputs)
+    found = read_manifest(folder)
+    if found is not None:
+        changed = _differences(found, identity, fingerprint(identity))
+        return ("changed", changed) if changed else ("done", ())
+    kept = read_manifest(_aside(folder))
+    if kept is not None and kept["fingerprint"] == fingerprint(identity):
+        return "done", ()
+    try:
+        marker = json.loads((folder / UNFINISHED).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "new", ()
+    changed = tuple(differing_fields(marker, identity))
+    return ("changed", changed) if changed else ("unfinished", ())
 
 
 def execute(stage: Stage, context: StageContext | None = None) -> Outcome:

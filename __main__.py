@@ -1,0 +1,10 @@
+"""`python -m kd`, and what the `kd` script calls."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

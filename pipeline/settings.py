@@ -1,0 +1,139 @@
+"""Settings files: YAML 1.2 (or JSON) mappings that know their lines, and the YAML that kd prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UsageError
+
+
+class Settings(dict[Any, Any]):
+    """A mapping read from a file, with the line of each key.
+
+    Attributes:
+        file: the file it was read from.
+        lines: key → line, counted from 1.
+    """
+
+    file: str = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lines: dict[Any, int] = {}
+
+    def place(self, key: Any = None) -> str:
+        """`file:line` of a key, or `file`."""
+        return f"{self.file}:{self.lines[key]}" if key in self.lines else self.file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: `no`, `on` and `12:30` are texts, 1e-3 is a number, a key stands once."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    [*"-+0123456789."],
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
+    settings = Settings()
+    settings.file = loader.name
+    yield settings
+    lines: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str | int | float | bool | None):
+            raise UsageError(f"{loader.name}:{line}: a key is a word, not a list or mapping")
+        if key in lines:
+            raise UsageError(f"{loader.name}:{line}: {key!r} stands twice, first in line {lines[key]}")
+        lines[key] = line
+    settings.update(loader.construct_mapping(node, deep=True))
+    settings.lines = lines
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+# YAML 1.1 reads 0777 as octal; 1.2 as a decimal number.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(re.sub(r"\.(inf|nan)$", r"\1", node.value.lower())),
+)
+
+
+def read_settings(path: str | os.PathLike[str]) -> Settings:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        UsageError: no such file, not UTF-8, malformed (with line and column), or not a mapping.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 (byte {error.start})") from None
+    settings = parse_yaml(text, str(path))
+    if settings is None:
+        settings = Settings()
+        settings.file = str(path)
+    if not isinstance(settings, Settings):
+        raise UsageError(f"{path} holds {type(settings).__name__}, not `key: value` lines")
+    return settings
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of a YAML text; mappings come as `Settings`.
+
+    Args:
+        text: one YAML or JSON document.
+        name: what messages call it.
+
+    Raises:
+        UsageError: malformed, with line and column.
+    """
+    # YAML forbids tabs as white space, JSON is full of them: outside of strings they mean the same as spaces.
+    loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise UsageError(f"{place}: {error.problem or error.context}", fix="see https://yaml.org/spec/1.2.2") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """`settings` as YAML that reads back as the same values, keys in their order."""
+    return "".join(f"{key}: {_scalar(value)}\n" for key, value in settings.items())
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z0-9_./][\w ./:@+=,()-]*[\w./@+=)]|[A-Za-z0-9_/]", value)
+        if plain and ": " not in value and " #" not in value and isinstance(parse_yaml(value, ""), str):
+            return value
+    # JSON is YAML: lists and doubtful texts are written that way.
+    return json.dumps(value, ensure_ascii=False)
