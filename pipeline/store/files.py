@@ -1,0 +1,235 @@
+"""Files of a store: whole or absent, whatever is killed when.
+
+Every name is relative to the store and made of plain components, so nothing that is read from a record or an
+index can lead out of it. A file is written under `<name>.tmp`, fsynced, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import KdError, RefusedError, VerificationError
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]*")
+TEMPORARY = ".tmp"
+LOCK_FILE = ".lock"
+SMALL_FILE_BYTES = 64 << 20
+"""Records, metadata and indexes larger than this are refused before they are read."""
+
+Buffer = Any
+"""Anything with the buffer protocol: bytes, memoryview, a contiguous numpy array."""
+
+
+class StoreFiles:
+    """The files below one URL. In this version the URL is a local path (or file://)."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
+        filesystem, path = fsspec.core.url_to_fs(os.fspath(url))
+        if not isinstance(filesystem, LocalFileSystem):
+            raise RefusedError(f"{url} is not a local path; stores live on local disks", fix="give a local --store")
+        self.root = Path(path)
+        self.url = os.fspath(url)
+        self._real_root: str | None = None
+
+    def path(self, name: str) -> str:
+        """Where `name` is on disk. RefusedError when it would leave the store or is no plain name."""
+        if not name or not all(_COMPONENT.fullmatch(part) for part in name.split("/")):
+            raise RefusedError(f"{self.url}: {name!r} is not the name of a file inside a store")
+        return f"{self.root}/{name}"
+
+    def readable(self, name: str) -> str:
+        """Where an existing file is on disk, proven to be inside the store and regular (links can lead out of it).
+
+        Raises:
+            FileNotFoundError: not there.
+            VerificationError: there, but elsewhere or not a file.
+        """
+        path = self.path(name)
+        if self._real_root is None:
+            self._real_root = os.path.realpath(self.root)
+        real = os.path.realpath(path)
+        if real != f"{self._real_root}/{name}":
+            raise VerificationError(f"{path} is a link that leads out of its place, to {real}")
+        if not os.path.isfile(real):
+            if os.path.lexists(real):
+                raise VerificationError(f"{path} is not a regular file")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return real
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of that name is there."""
+        return os.path.lexists(self.path(name))
+
+    def size(self, name: str) -> int:
+        """Bytes; FileNotFoundError when it is not there."""
+        return os.stat(self.readable(name)).st_size
+
+    def list(self, name: str) -> list[str]:
+        """Names in a folder, sorted; none when it is not there."""
+        try:
+            return sorted(os.listdir(self.path(name) if name else self.root))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def read(self, name: str, *, limit: int = SMALL_FILE_BYTES) -> bytes:
+        """The whole of a file that has at most `limit` bytes; VerificationError when it has more."""
+        with open(self.readable(name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise VerificationError(f"{self.path(name)} has {size} bytes; at most {limit} are expected")
+            return file.read(limit + 1)
+
+    def blocks(self, name: str, block_bytes: int = 1 << 22) -> Iterator[bytes]:
+        """The bytes of a file, block by block."""
+        with open(self.readable(name), "rb", buffering=0) as file:
+            while block := file.read(block_bytes):
+                yield block
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while the store's shape changes: allocation, declarations, commits. Released when a process dies."""
+        import filelock
+
+        make_folders(self.root)
+        with filelock.FileLock(f"{self.root}/{LOCK_FILE}"):
+            yield
+
+    def stage(self, name: str, parts: Sequence[Buffer]) -> Staged:
+        """Write a file under its temporary name; `publish` on the result makes it the file."""
+        return Staged(self.path(name), parts)
+
+    def write(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Write or replace a file."""
+        with self.stage(name, parts) as staged:
+            staged.publish()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless it is there; False when it was."""
+        with self.stage(name, [data]) as staged:
+            return staged.publish_new()
+
+    def sweep(self) -> None:
+        """Remove what a killed process left of files that are only ever written under the lock. Hold it."""
+        for folder in ("", "commits", "index"):
+            for name in self.list(folder):
+                if name.endswith(TEMPORARY):
+                    os.unlink(self.path(f"{folder}/{name}" if folder else name))
+
+
+class Staged:
+    """A complete, fsynced file under its temporary name. Leaving the `with` block removes it unless published.
+
+    The temporary name follows from the final one, so what a killed process left is overwritten by the rerun. A
+    lock on the open file keeps two living processes from writing the same one: the second waits.
+    """
+
+    def __init__(self, path: str, parts: Sequence[Buffer]) -> None:
+        self.final = path
+        self.temporary = path + TEMPORARY
+        folder = os.path.dirname(path)
+        make_folders(folder)
+        self._descriptor = self._open()
+        try:
+            os.ftruncate(self._descriptor, 0)
+            for part in parts:
+                _write_all(self._descriptor, memoryview(part).cast("B"))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self.discard()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise KdError(
+                    f"no space left on the disk of {path}",
+                    fix="free some and run the same command again: it resumes",
+                ) from error
+            raise
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self) -> int:
+        while True:
+            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                # While this waited, the other writer may have renamed or removed the file it holds.
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.temporary)):
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def publish(self) -> None:
+        """Give the file its name, replacing what had it."""
+        os.rename(self.temporary, self.final)
+        self._close()
+        sync_folder(os.path.dirname(self.final))
+
+    def publish_new(self) -> bool:
+        """Give the file its name unless that is taken; False when it was."""
+        try:
+            os.link(self.temporary, self.final)
+        except FileExistsError:
+            return False
+        os.unlink(self.temporary)
+        self._close()
+        sync_folder(os.path.dirname(self.final))
+        return True
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while view.nbytes:
+        view = view[os.write(descriptor, view[: 1 << 30]) :]
+
+
+def make_folders(path: str | os.PathLike[str]) -> None:
+    """Make a folder and its parents, so that they survive a power cut."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    make_folders(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    sync_folder(parent)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

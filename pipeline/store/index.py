@@ -1,0 +1,183 @@
+"""The row index: which row stands where. One Parquet file per shard, its columns checked against each other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from ..errors import RefusedError, VerificationError
+from ..ragged import IntArray, offsets_of
+from .files import StoreFiles
+from .keys import Keys, keys_from_arrow, keys_to_arrow, match_keys
+from .layout import StoreLayout, index_file
+from .records import IndexRecord, Record
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_key", pa.binary(16), nullable=False),
+        pa.field("row_slot", pa.uint32(), nullable=False),
+        pa.field("token_start", pa.uint32(), nullable=False),
+        pa.field("num_tokens", pa.uint32(), nullable=False),
+    ]
+)
+
+
+def encode_index(keys: Keys, lengths: IntArray) -> tuple[bytes, IndexRecord]:
+    """The Parquet file of a shard whose rows stand in slots 0, 1, ... without gaps, and its record."""
+    table = pa.table(
+        [
+            keys_to_arrow(keys),
+            pa.array(np.arange(len(keys), dtype=np.uint32)),
+            pa.array(offsets_of(lengths)[:-1].astype(np.uint32)),
+            pa.array(lengths.astype(np.uint32)),
+        ],
+        schema=SCHEMA,
+    )
+    buffer = io.BytesIO()
+    # Row keys are random bits: neither a dictionary nor a compressor helps.
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    data = buffer.getvalue()
+    return data, IndexRecord(len(data), xxhash.xxh3_128_hexdigest(data), content_hash(keys, lengths))
+
+
+def content_hash(keys: Keys, lengths: IntArray) -> str:
+    """xxh3_128 of all row keys, then of all numbers of tokens as uint32: 32 hex."""
+    digest = xxhash.xxh3_128(np.ascontiguousarray(keys).tobytes())
+    digest.update(lengths.astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+def read_index(files: StoreFiles, record: Record) -> tuple[Keys, IntArray]:
+    """(row keys [rows, 2], number of tokens int64 [rows]) of a shard, checked against its record.
+
+    Raises:
+        VerificationError: absent, damaged, or not what the record says.
+    """
+    assert record.index is not None
+    name = index_file(record.shard)
+    try:
+        return _decode(_read(files, name, record.index), record)
+    except FileNotFoundError:
+        what = "is missing"
+    except (ValueError, pa.ArrowException, RefusedError) as error:
+        what = f"is damaged: {error}"
+    raise VerificationError(
+        f"{files.path(name)} {what}", fix=f"see all damage with: kd store verify {files.url}"
+    ) from None
+
+
+def _read(files: StoreFiles, name: str, record: IndexRecord) -> bytes:
+    size = files.size(name)
+    if size != record.bytes:
+        raise ValueError(f"it has {size} bytes, its record says {record.bytes}")
+    data = files.read(name)
+    if xxhash.xxh3_128_hexdigest(data) != record.xxh3_128:
+        raise ValueError("its bytes do not have the recorded checksum")
+    return data
+
+
+def _decode(data: bytes, record: Record) -> tuple[Keys, IntArray]:
+    parquet = pq.ParquetFile(pa.BufferReader(data))
+    if not parquet.schema_arrow.equals(SCHEMA):
+        raise ValueError(f"its columns are {parquet.schema_arrow.names}, expected {SCHEMA.names}")
+    if parquet.metadata.num_rows != record.rows:
+        raise ValueError(f"it has {parquet.metadata.num_rows} rows, its record says {record.rows}")
+    table = parquet.read(use_threads=False)
+    slots, starts, lengths = (
+        table.column(name).to_numpy().astype(np.int64) for name in ("row_slot", "token_start", "num_tokens")
+    )
+    keys = keys_from_arrow(table.column("row_key"))
+    if not np.array_equal(slots, np.arange(record.rows)):
+        raise ValueError("row_slot does not count from 0 without gaps")
+    if (lengths < 1).any() or int(lengths.sum()) != record.tokens:
+        raise ValueError(f"num_tokens sums to {int(lengths.sum())}, the record says {record.tokens}")
+    if not np.array_equal(starts, offsets_of(lengths)[:-1]):
+        raise ValueError("token_start is not the running sum of num_tokens")
+    assert record.index is not None
+    if content_hash(keys, lengths) != record.index.content:
+        raise ValueError("its content does not have the recorded checksum")
+    return keys, lengths
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """The row indexes of all shards, at one moment.
+
+    A row's number never changes: `shard * rows_per_shard + slot`. Four bytes a row are kept in memory; row keys
+    are read when they are asked for.
+    """
+
+    files: StoreFiles
+    layout: StoreLayout
+    allocations: Sequence[Record]
+
+    @cached_property
+    def token_offsets(self) -> npt.NDArray[np.uint32]:
+        """uint32 [num_shards * (rows_per_shard + 1)]: of shard s, the running sum of its rows' tokens.
+
+        Row r of shard s occupies tokens `[r + s]` to `[r + s + 1]` of it, counted inside the shard; equal where no
+        row stands.
+        """
+        width = self.layout.rows_per_shard + 1
+        offsets = np.zeros(len(self.allocations) * width, dtype=np.uint32)
+        for record in self.allocations:
+            _, lengths = read_index(self.files, record)
+            start = record.shard * width
+            offsets[start + 1 : start + 1 + record.rows] = np.cumsum(lengths)
+            offsets[start + 1 + record.rows : start + width] = record.tokens
+        return offsets
+
+    @cached_property
+    def all_keys(self) -> tuple[Keys, IntArray]:
+        """(row keys [N, 2], their row numbers int64 [N]) of every row in the store."""
+        keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
+        rows: list[IntArray] = [np.empty(0, dtype=np.int64)]
+        for record in self.allocations:
+            shard_keys, _ = read_index(self.files, record)
+            keys.append(shard_keys)
+            rows.append(np.arange(record.rows) + record.shard * self.layout.rows_per_shard)
+        return np.concatenate(keys), np.concatenate(rows)
+
+    def lookup(self, keys: Keys) -> IntArray:
+        """int64 [N] row number of each key, -1 where the store has no such row."""
+        known, rows = self.all_keys
+        positions = match_keys(known, keys)
+        found = positions >= 0
+        positions[found] = rows[positions[found]]
+        return positions
+
+    def row_keys(self, rows: IntArray) -> Keys:
+        """[N, 2] keys of rows that exist."""
+        keys, numbers = self.all_keys
+        return keys[np.searchsorted(numbers, rows)]
+
+    def locate(self, rows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """(shard, first token inside the shard, number of tokens) of each row, int64 [N].
+
+        Raises:
+            RefusedError: a row number that the store does not have.
+        """
+        shards = rows // self.layout.rows_per_shard
+        if rows.size and (int(shards.min()) < 0 or int(shards.max()) >= len(self.allocations)):
+            self._refuse(rows, (shards < 0) | (shards >= len(self.allocations)))
+        at = rows + shards
+        offsets = self.token_offsets
+        starts = offsets.take(at).astype(np.int64)
+        lengths = offsets.take(at + 1).astype(np.int64) - starts
+        if rows.size and not lengths.all():
+            self._refuse(rows, lengths == 0)
+        return shards, starts, lengths
+
+    def _refuse(self, rows: IntArray, bad: npt.NDArray[np.bool_]) -> None:
+        raise RefusedError(
+            f"store {self.files.url} has no row {int(rows[bad][0])} ({int(bad.sum())} such of {len(rows)})",
+            fix="was the view made for another store? run kd cache-teacher again",
+        )

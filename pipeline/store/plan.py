@@ -1,0 +1,147 @@
+"""Plans: which rows go into which shard, what that costs, and whether there is room."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RefusedError, UsageError
+from ..ragged import offsets_of
+from .layout import StoreLayout
+from .signal import ArraySpec
+
+INDEX_BYTES_PER_ROW = 28
+"""A row key and three 32-bit numbers."""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """Rows `start` to `stop` (exclusive) of those to be placed, which share a shard.
+
+    Attributes:
+        tokens: their number of tokens together.
+    """
+
+    start: int
+    stop: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShard]:
+    """Pack rows, in order, into shards: a shard is closed when the next row would not fit.
+
+    Args:
+        lengths: [N] number of tokens of each row.
+
+    Raises:
+        RefusedError: a row without tokens, or longer than a shard.
+    """
+    lengths_N = np.asarray(lengths, dtype=np.int64)
+    for bad, what in (
+        (lengths_N < 1, "has no tokens"),
+        (lengths_N > layout.tokens_per_shard, f"is longer than a shard of {layout.tokens_per_shard} tokens"),
+    ):
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise RefusedError(
+                f"row {row} {what} ({int(lengths_N[row])} tokens; {int(bad.sum())} such rows)",
+                fix="drop empty texts, lower --max-length, or create the store with more --tokens-per-shard",
+            )
+    offsets = offsets_of(lengths_N)
+    shards, start = [], 0
+    while start < len(lengths_N):
+        fits = int(np.searchsorted(offsets, offsets[start] + layout.tokens_per_shard, side="right")) - 1
+        stop = min(fits, start + layout.rows_per_shard)
+        shards.append(PlannedShard(start, stop, int(offsets[stop] - offsets[start])))
+        start = stop
+    return shards
+
+
+def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Bytes on disk per signal, exactly.
+
+    Args:
+        specs: the arrays to write.
+        shards: (rows, tokens) of each shard to be written.
+    """
+    sizes = list(shards)
+    return {
+        str(spec.signal): sum(
+            layout.file_bytes(spec, rows if spec.axis == "example" else tokens) for rows, tokens in sizes
+        )
+        for spec in specs
+    }
+
+
+def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str], max_bytes: int | None = None) -> None:
+    """Refuse a plan that is larger than `max_bytes` or than what is free on the disk of `url`.
+
+    Args:
+        needed: bytes, in all or per signal.
+
+    Raises:
+        RefusedError: with the largest signals, the budget and the free space.
+    """
+    parts = needed if isinstance(needed, Mapping) else {}
+    total = sum(needed.values()) if isinstance(needed, Mapping) else needed
+    free = free_bytes(url)
+    limit, name = (free, "free on its disk") if max_bytes is None or free < max_bytes else (max_bytes, "--max-bytes")
+    if total <= limit:
+        return
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    raise RefusedError(
+        f"capturing into {os.fspath(url)} needs {format_bytes(total)}; {name}: {format_bytes(limit)}",
+        details=[f"{signal}: {format_bytes(size)}" for signal, size in largest],
+        fix="ask for fewer signals or layers, a smaller corpus, or "
+        + ("a disk with more room" if name != "--max-bytes" else "raise --max-bytes"),
+    )
+
+
+def free_bytes(url: str | os.PathLike[str]) -> int:
+    """Bytes free for us on the disk that `url` is on or would be created on."""
+    folder = os.path.abspath(os.fspath(url).removeprefix("file://"))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+_UNITS: Sequence[tuple[str, int]] = (
+    ("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3),
+    ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1),
+)  # fmt: skip
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from `10GB`, `1.5 GiB` or a plain number.
+
+    >>> parse_bytes("1.5KB"), parse_bytes(12)
+    (1500, 12)
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {name.lower(): size for name, size in _UNITS} | {"": 1}
+    if match is None or match[2].lower() not in units:
+        raise UsageError(f"cannot read {text!r} as a size", fix="write it like 10GB, 500MB or 1.5GiB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def format_bytes(size: int) -> str:
+    """For people, in powers of ten.
+
+    >>> format_bytes(1_234_567)
+    '1.23 MB'
+    """
+    for name, unit in _UNITS[:4]:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} B"

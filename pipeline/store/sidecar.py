@@ -1,0 +1,222 @@
+"""Sidecars: what is kept of the teacher beside its outputs, so that readers never open the teacher.
+
+`sidecars/<name>/` holds `tensors.safetensors` or a few files as they are, and `record.json` with their sizes and
+checksums. The folder is written under a temporary name and renamed: it is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..errors import KdError, RefusedError, UsageError, VerificationError, near_match
+from ..fingerprint import canonical_json, fingerprint
+from .files import TEMPORARY, StoreFiles, make_folders, sync_folder
+from .layout import SIDECARS
+from .records import MAX_RECORD_BYTES, Problem
+
+RECORD = "record.json"
+TENSORS = "tensors.safetensors"
+MAX_SIDECAR_BYTES = 1 << 36
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a sidecar's record says.
+
+    Attributes:
+        name: of the folder.
+        kind: "tensors" or "files".
+        metadata: what was said when it was put there.
+        files: (bytes, xxh3_128) by file name.
+    """
+
+    name: str
+    kind: str
+    metadata: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    def path(self, file: str) -> str:
+        """Of one of its files inside the store."""
+        return f"{SIDECARS}/{self.name}/{file}"
+
+
+def list_sidecars(files: StoreFiles) -> list[str]:
+    """Names of the sidecars that are there, sorted."""
+    return [name for name in files.list(SIDECARS) if not name.endswith(TEMPORARY)]
+
+
+def write_tensors(
+    files: StoreFiles, store: str, name: str, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]
+) -> None:
+    """Keep tensors. Putting the same ones again does nothing.
+
+    Raises:
+        RefusedError: a sidecar of that name holds others, or a tensor is not finite.
+    """
+    import safetensors.numpy
+
+    for tensor_name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise RefusedError(f"sidecar {name!r}: tensor {tensor_name!r} has values that are not finite")
+    data = safetensors.numpy.save({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)})
+    _write(files, store, name, "tensors", {TENSORS: data}, metadata, keep_old=False)
+
+
+def write_files(
+    files: StoreFiles, store: str, name: str, folder: str | os.PathLike[str], metadata: Mapping[str, Any]
+) -> None:
+    """Keep the files of a folder (sub-folders included). A sidecar of that name that is there stays as it is."""
+    root = Path(folder)
+    contents = {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
+    if not contents:
+        raise UsageError(f"sidecar {name!r}: no files in {root}")
+    if RECORD in contents:
+        raise UsageError(f"sidecar {name!r}: {root} has a file named {RECORD}, which is taken")
+    _write(files, store, name, "files", contents, metadata, keep_old=True)
+
+
+def _write(
+    files: StoreFiles,
+    store: str,
+    name: str,
+    kind: str,
+    contents: Mapping[str, bytes],
+    metadata: Mapping[str, Any],
+    *,
+    keep_old: bool,
+) -> None:
+    record: dict[str, Any] = {
+        "format": 1,
+        "store": store,
+        "name": name,
+        "kind": kind,
+        "metadata": json.loads(canonical_json(dict(metadata))),
+        "files": {
+            file: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for file, data in contents.items()
+        },
+    }
+    record["digest"] = fingerprint(record)
+    folder = files.path(f"{SIDECARS}/{name}")
+    with files.lock():
+        if os.path.lexists(folder):
+            old = read_record(files, store, name)
+            if not keep_old and (old.kind, old.files) != (
+                kind,
+                {file: (said["bytes"], said["xxh3_128"]) for file, said in record["files"].items()},
+            ):
+                raise RefusedError(
+                    f"sidecar {name!r} of store {files.url} holds other tensors",
+                    fix="give another --store; a store is never rewritten",
+                )
+            return
+        temporary = folder + TEMPORARY
+        shutil.rmtree(temporary, ignore_errors=True)
+        for file, data in {**contents, RECORD: canonical_json(record) + b"\n"}.items():
+            files.path(f"{SIDECARS}/{name}/{file}")  # refuses names that are not plain
+            path = f"{temporary}/{file}"
+            make_folders(os.path.dirname(path))
+            with open(path, "xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            sync_folder(os.path.dirname(path))
+        os.rename(temporary, folder)
+        sync_folder(os.path.dirname(folder))
+
+
+def read_record(files: StoreFiles, store: str, name: str) -> Sidecar:
+    """The record of a sidecar, checked.
+
+    Raises:
+        RefusedError: no such sidecar.
+        VerificationError: its record is damaged or of another store.
+    """
+    try:
+        data = files.read(f"{SIDECARS}/{name}/{RECORD}", limit=MAX_RECORD_BYTES)
+    except FileNotFoundError:
+        raise RefusedError(
+            f"store {files.url} has no sidecar {name!r}{near_match(name, list_sidecars(files))}",
+            fix=f"run kd cache-teacher again with --sidecars {name}",
+        ) from None
+    try:
+        record = json.loads(data)
+        digest = record.pop("digest")
+        if fingerprint(record) != digest or record["format"] != 1 or record["name"] != name:
+            raise ValueError("it was edited or damaged")
+        if record["store"] != store:
+            raise ValueError("it belongs to another store")
+        contents = {file: (int(said["bytes"]), str(said["xxh3_128"])) for file, said in record["files"].items()}
+        for file in contents:
+            files.path(f"{SIDECARS}/{name}/{file}")
+        return Sidecar(name, str(record["kind"]), dict(record["metadata"]), contents)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, KdError) as error:
+        raise VerificationError(f"the record of sidecar {name!r} of store {files.url} is damaged: {error}") from None
+
+
+def read_tensors(files: StoreFiles, store: str, name: str) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a sidecar, checked against its checksum; writable copies."""
+    import safetensors
+    import safetensors.numpy
+
+    sidecar = read_record(files, store, name)
+    if sidecar.kind != "tensors" or set(sidecar.files) != {TENSORS}:
+        raise RefusedError(f"sidecar {name!r} of store {files.url} holds files, not tensors")
+    _require_intact(files, sidecar)
+    data = files.read(sidecar.path(TENSORS), limit=MAX_SIDECAR_BYTES)
+    try:
+        return {key: np.array(value) for key, value in safetensors.numpy.load(data).items()}
+    except safetensors.SafetensorError as error:
+        raise VerificationError(f"sidecar {name!r} of store {files.url} is not safetensors: {error}") from None
+
+
+def open_folder(files: StoreFiles, store: str, name: str) -> Path:
+    """Folder of a file sidecar, its files checked against their checksums."""
+    sidecar = read_record(files, store, name)
+    _require_intact(files, sidecar)
+    return Path(files.path(f"{SIDECARS}/{name}"))
+
+
+def _require_intact(files: StoreFiles, sidecar: Sidecar) -> None:
+    problems = verify_sidecar(files, sidecar)
+    if problems:
+        raise VerificationError(
+            f"sidecar {sidecar.name!r} of store {files.url} is damaged",
+            details=[str(problem) for problem in problems[:5]],
+            fix=f"delete {files.path(f'{SIDECARS}/{sidecar.name}')} and run kd cache-teacher again",
+        )
+
+
+def verify_sidecar(files: StoreFiles, sidecar: Sidecar) -> list[Problem]:
+    """What is wrong with the files of a sidecar."""
+    problems = []
+    for file, (size, expected) in sidecar.files.items():
+        path = sidecar.path(file)
+        try:
+            found = files.size(path)
+            if found != size:
+                what = f"it has {found} bytes, its record says {size}"
+            else:
+                digest = xxhash.xxh3_128()
+                for block in files.blocks(path):
+                    digest.update(block)
+                if digest.hexdigest() == expected:
+                    continue
+                what = "its bytes do not have the recorded checksum"
+        except FileNotFoundError:
+            what = "it is missing"
+        except VerificationError as error:
+            what = error.what
+        problems.append(Problem(None, f"sidecar {sidecar.name}", path, what))
+    return problems

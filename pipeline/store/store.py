@@ -1,0 +1,567 @@
+"""The teacher store: everything one teacher said under one capture spec. Grows, is shared, is never rewritten."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RefusedError, UsageError, VerificationError
+from ..fingerprint import fingerprint
+from ..ragged import IntArray, Ragged
+from . import sidecar
+from .files import StoreFiles
+from .identity import StoreIdentity
+from .index import RowIndex, encode_index, read_index
+from .keys import Keys, first_occurrences, row_keys
+from .layout import (
+    GROUP_FILE,
+    STORE_FILE,
+    STORE_FORMAT,
+    STORE_VERSION,
+    StoreLayout,
+    group_metadata,
+    index_file,
+    metadata_bytes,
+)
+from .plan import PlannedShard, plan_shards
+from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
+from .signal import SEGMENT_IDS, SIGNALS, TOKEN_IDS, ArraySpec, Signal
+from .writer import ShardWriter, shard_parts
+
+if TYPE_CHECKING:
+    from .reader import StoreReader
+    from .verify import VerifyReport
+
+MAX_METADATA_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where the rows of a corpus stand in a store.
+
+    Attributes:
+        rows: int64 [N] row number of each input; equal inputs share one.
+        num_new: rows that were added.
+        num_known: distinct inputs that were there before.
+        shards_new: shards that were added.
+        shards: all shards that hold one of the rows.
+    """
+
+    rows: IntArray
+    num_new: int
+    num_known: int
+    shards_new: tuple[int, ...]
+    shards: tuple[int, ...]
+
+    @property
+    def num_duplicates(self) -> int:
+        """Inputs that equal an earlier one of the same corpus."""
+        return len(self.rows) - self.num_new - self.num_known
+
+
+@dataclass(frozen=True)
+class AllocationPreview:
+    """What `allocate` would do.
+
+    Attributes:
+        num_new: rows to be added.
+        num_known: distinct inputs that are there.
+        planned: the shards to be added.
+        shards: shards that hold one of the known rows.
+    """
+
+    num_new: int
+    num_known: int
+    planned: tuple[PlannedShard, ...]
+    shards: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(rows, tokens) of each shard to be added, as `plan_bytes` takes them."""
+        return [(shard.rows, shard.tokens) for shard in self.planned]
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """What the teacher reads for one shard.
+
+    Attributes:
+        shard: which.
+        rows: int64 [R] row numbers; slot i of the shard is row `rows[i]`.
+        token_ids: R rows of ids, as stored.
+        segment_ids: R rows of token types, uint8.
+    """
+
+    shard: int
+    rows: IntArray
+    token_ids: Ragged
+    segment_ids: Ragged
+
+
+def create_or_open(
+    url: str | os.PathLike[str], identity: StoreIdentity, layout: StoreLayout | None = None
+) -> TeacherStore:
+    """The store at `url`, made when there is none.
+
+    Args:
+        identity: what a new store is for, or what an existing one must be for.
+        layout: of a new store (None: the default); an existing one must have the same unless None.
+
+    Raises:
+        RefusedError: the store there has another identity or layout (each differing field is listed), or `url`
+            is a folder with other things in it.
+    """
+    files = StoreFiles(url)
+    if not files.exists(STORE_FILE):
+        if files.root.exists() and (not files.root.is_dir() or any(n != ".lock" for n in _foreign_names(files))):
+            raise RefusedError(
+                f"{files.root} exists and is not a store (it has no {STORE_FILE})",
+                fix="give another --store, or an empty folder",
+            )
+        new_layout = layout or StoreLayout()
+        content = {
+            "format": STORE_FORMAT,
+            "version": STORE_VERSION,
+            "identity": identity.to_json(),
+            "layout": new_layout.to_json(),
+        }
+        content["digest"] = fingerprint(content)
+        with files.lock():
+            files.create(
+                STORE_FILE, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            )
+    store = open_store(url, expect=identity)
+    if layout is not None:
+        store.layout.require_equal(layout, url=store.url)
+    with files.lock():
+        files.sweep()
+        store.prepare()
+    return store
+
+
+def _foreign_names(files: StoreFiles) -> list[str]:
+    return [name for name in files.list("") if name != STORE_FILE + ".tmp"]
+
+
+def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = None) -> TeacherStore:
+    """The store at `url`; writes nothing.
+
+    Raises:
+        RefusedError: no store there, written by a newer kd, or of another identity than `expect`.
+        VerificationError: store.json was edited or damaged.
+    """
+    files = StoreFiles(url)
+    try:
+        data = files.read(STORE_FILE, limit=MAX_METADATA_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"has no {STORE_FILE}: it is not a store" if files.root.exists() else "does not exist"
+        raise RefusedError(f"store {url} {what}", fix="make one with kd cache-teacher --store PATH") from None
+    try:
+        content = json.loads(data)
+        if content["format"] != STORE_FORMAT:
+            raise ValueError(f"format is {content['format']!r}, expected {STORE_FORMAT!r}")
+        if content["version"] != STORE_VERSION:
+            raise RefusedError(
+                f"store {url} has format version {content['version']}; this kd reads {STORE_VERSION}",
+                fix="use the kd version that wrote it",
+            )
+        digest = content.pop("digest")
+        if fingerprint(content) != digest:
+            raise ValueError("its content does not have the digest it names: it was edited or damaged")
+        identity = StoreIdentity(**content["identity"])
+        layout = StoreLayout(**content["layout"])
+    except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
+        said = f"the key {error} is missing" if isinstance(error, KeyError) else error
+        raise VerificationError(
+            f"{files.path(STORE_FILE)} is not a store description: {said}",
+            fix="restore it from a copy; everything in the store was written for the original",
+        ) from None
+    if expect is not None:
+        identity.require_equal(expect, url=files.url)
+    return TeacherStore(files, identity, layout, str(digest))
+
+
+class TeacherStore:
+    """A store, opened. Make one with `create_or_open` or `open_store`.
+
+    Everything is safe to call from several processes at once, and to be killed at.
+    """
+
+    def __init__(self, files: StoreFiles, identity: StoreIdentity, layout: StoreLayout, store_digest: str) -> None:
+        self.files, self.identity, self.layout = files, identity, layout
+        self.store_digest = store_digest
+        """Of identity and layout; every record names it."""
+        self._records = RecordReader(files, store_digest, layout)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (str(self.files.root), self.store_digest)
+
+    @property
+    def url(self) -> str:
+        """Where it is, as given."""
+        return self.files.url
+
+    # -- what it holds ------------------------------------------------------------------------------------------
+
+    def catalogue(self) -> Catalogue:
+        """What is committed now. VerificationError when the records are damaged."""
+        return self._records.catalogue()
+
+    def shard_records(self, shard: int) -> list[Record]:
+        """The records of one shard, now."""
+        records, problems = self._records.read(shard=shard)
+        require_none(problems, self.url)
+        return records
+
+    def index(self) -> RowIndex:
+        """The rows, now."""
+        return RowIndex(self.files, self.layout, self.catalogue().allocations)
+
+    def lookup(self, keys: Keys) -> IntArray:
+        """int64 [N] row number of each row key [N, 2], -1 where the store has no such row."""
+        return self.index().lookup(keys)
+
+    def missing(
+        self, signals: Iterable[Signal | ArraySpec], shards: Iterable[int] | None = None
+    ) -> dict[int, tuple[ArraySpec, ...]]:
+        """What is still to be captured: per shard, the arrays it has no committed file of.
+
+        Args:
+            signals: specs, or signals that were declared.
+            shards: to look at; None is all.
+
+        Returns:
+            Shards that lack something, ascending.
+        """
+        catalogue = self.catalogue()
+        specs = [item if isinstance(item, ArraySpec) else self.spec(item) for item in signals]
+        wanted = range(catalogue.num_shards) if shards is None else sorted(set(shards))
+        missing = {}
+        for shard in wanted:
+            if not 0 <= shard < catalogue.num_shards:
+                raise RefusedError(f"store {self.url} has shards 0 to {catalogue.num_shards - 1}, got {shard}")
+            lacking = tuple(spec for spec in specs if shard not in catalogue.files.get(spec.path, {}))
+            if lacking:
+                missing[shard] = lacking
+        return missing
+
+    def shard_sizes(self, shards: Iterable[int]) -> list[tuple[int, int]]:
+        """(rows, tokens) of each shard, as `plan_bytes` takes them."""
+        allocations = self.catalogue().allocations
+        return [(allocations[shard].rows, allocations[shard].tokens) for shard in shards]
+
+    def digest(self) -> str:
+        """32 hex over identity, layout, rows, arrays and tensor sidecars: what it holds, not how it came there."""
+        sidecars = [
+            [name, sorted(record.files.items())]
+            for name in sidecar.list_sidecars(self.files)
+            if (record := sidecar.read_record(self.files, self.store_digest, name)).kind == "tensors"
+        ]
+        return fingerprint([self.store_digest, self.catalogue().digest_entries(), sidecars])
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def preview(self, token_ids: Ragged, segment_ids: Ragged | None = None) -> AllocationPreview:
+        """What `allocate` would do with these rows; writes nothing."""
+        keys = row_keys(token_ids, segment_ids)
+        first, _ = first_occurrences(keys)
+        known = self.lookup(keys[first])
+        new = first[known < 0]
+        return AllocationPreview(
+            num_new=len(new),
+            num_known=len(first) - len(new),
+            planned=tuple(plan_shards(token_ids.lengths[new], self.layout)),
+            shards=_shards_of(known[known >= 0], self.layout),
+        )
+
+    def allocate(self, token_ids: Ragged, segment_ids: Ragged | None = None) -> Allocation:
+        """Give every row a place, for good: rows the store knows keep theirs, the others get new shards.
+
+        New rows are packed in order. Their ids, segment ids and index are written at once, so a capture needs
+        the store alone; killed on the way, the shards done are kept, and the same call packs the rest alike.
+
+        Args:
+            token_ids: N rows of what the teacher reads, special tokens included.
+            segment_ids: N rows of the same lengths; None is all zero.
+
+        Raises:
+            RefusedError: a row without tokens or longer than a shard, or an id that does not fit the store.
+        """
+        self._refuse_bad_ids(token_ids, segment_ids)
+        keys = row_keys(token_ids, segment_ids)
+        first, distinct = first_occurrences(keys)
+        with self.files.lock():
+            catalogue = self.catalogue()
+            rows = RowIndex(self.files, self.layout, catalogue.allocations).lookup(keys[first])
+            new = first[rows < 0]
+            planned = plan_shards(token_ids.lengths[new], self.layout)
+            self._grow(catalogue.num_shards + len(planned))
+            fresh = np.empty(len(new), dtype=np.int64)
+            for shard, part in enumerate(planned, start=catalogue.num_shards):
+                inputs = new[part.start : part.stop]
+                self._write_rows(
+                    shard,
+                    keys[inputs],
+                    token_ids.take(inputs),
+                    None if segment_ids is None else segment_ids.take(inputs),
+                )
+                fresh[part.start : part.stop] = shard * self.layout.rows_per_shard + np.arange(part.rows)
+            rows[rows < 0] = fresh
+        return Allocation(
+            rows=rows[distinct],
+            num_new=len(new),
+            num_known=len(first) - len(new),
+            shards_new=tuple(range(catalogue.num_shards, catalogue.num_shards + len(planned))),
+            shards=_shards_of(rows, self.layout),
+        )
+
+    def _refuse_bad_ids(self, token_ids: Ragged, segment_ids: Ragged | None) -> None:
+        for ragged, spec in zip((token_ids, segment_ids), self.layout.input_specs, strict=True):
+            if ragged is None or not ragged.values.size:
+                continue
+            # The highest value of the dtype fills the slots that hold no token.
+            limit = int(np.iinfo(spec.dtype).max) - 1
+            low, high = int(ragged.values.min()), int(ragged.values.max())
+            if low < 0 or high > limit:
+                bad = int(np.argmax((ragged.values < 0) | (ragged.values > limit)))
+                row = int(np.searchsorted(ragged.offsets, bad, side="right")) - 1
+                raise RefusedError(
+                    f"{spec.signal} of row {row}: {int(ragged.values[bad])} is not 0 to {limit}",
+                    fix=f"the store keeps {spec.signal} as {spec.dtype}; is this the teacher's tokenizer?",
+                )
+
+    def _write_rows(self, shard: int, keys: Keys, token_ids: Ragged, segment_ids: Ragged | None) -> None:
+        ids_spec, segments_spec = self.layout.input_specs
+        segments = np.zeros(len(token_ids.values), dtype=np.uint8) if segment_ids is None else segment_ids.values
+        written = []
+        for spec, values in ((ids_spec, token_ids.values), (segments_spec, segments)):
+            parts = shard_parts(self.layout, spec, values)
+            file = FileRecord(spec, shard, *hash_parts(parts))
+            self.files.write(file.file, parts)
+            written.append(file)
+        data, index = encode_index(keys, token_ids.lengths)
+        self.files.write(index_file(shard), [data])
+        record = Record(self.store_digest, shard, len(keys), len(token_ids.values), tuple(written), index=index)
+        self.files.create(record.file, record.encode())
+
+    def read_tokens(self, shard: int) -> ShardRows:
+        """What the teacher reads for a shard; every row is checked against its row key.
+
+        Raises:
+            VerificationError: damaged ids or index.
+        """
+        from .reader import read_shard
+
+        record = self._allocation(shard)
+        keys, lengths = read_index(self.files, record)
+        by_path = {file.spec.path: file for file in record.files}
+        ids, segments = (
+            Ragged.from_lengths(read_shard(self.files, self.layout, by_path[signal.path], record.tokens), lengths)
+            for signal in (TOKEN_IDS, SEGMENT_IDS)
+        )
+        if not np.array_equal(row_keys(ids, segments), keys):
+            raise VerificationError(
+                f"shard {shard} of store {self.url}: token ids and row keys do not belong together",
+                fix=f"see all damage with: kd store verify {self.url}",
+            )
+        return ShardRows(shard, np.arange(record.rows) + shard * self.layout.rows_per_shard, ids, segments)
+
+    def _allocation(self, shard: int) -> Record:
+        for record in self.shard_records(shard):
+            if record.index is not None:
+                return record
+        raise RefusedError(f"store {self.url} has no shard {shard}")
+
+    # -- signals ------------------------------------------------------------------------------------------------
+
+    def declared(self) -> dict[str, ArraySpec]:
+        """The arrays that were declared, by path; captured or not."""
+        return {path: spec for path, (spec, _) in self._array_metadata().items()}
+
+    def spec(self, signal: Signal | str) -> ArraySpec:
+        """The spec a signal was declared with; RefusedError when it was not."""
+        signal = Signal.parse(signal) if isinstance(signal, str) else signal
+        spec = self.declared().get(signal.path)
+        if spec is None:
+            raise RefusedError(
+                f"store {self.url} holds no {signal}", fix=f"run kd cache-teacher with --signals {signal}"
+            )
+        return spec
+
+    def declare(self, specs: Sequence[ArraySpec]) -> None:
+        """Create the arrays that are not there yet.
+
+        Raises:
+            RefusedError: an array is there with another dtype or shape.
+        """
+        with self.files.lock():
+            there = self._array_metadata()
+            for spec in specs:
+                found = there.get(spec.path)
+                if found is not None and found[0] != spec:
+                    raise RefusedError(
+                        f"store {self.url} holds {spec.signal} as {found[0].dtype} {list(found[0].shape)}, "
+                        f"asked for {spec.dtype} {list(spec.shape)}",
+                        fix=f"ask for {found[0].dtype}, or give another --store",
+                    )
+            num_shards = max([self.catalogue().num_shards, *(declared for _, declared in there.values())])
+            for spec in specs:
+                if spec.path not in there:
+                    self._declare(spec, num_shards)
+            self._grow(num_shards)
+
+    def prepare(self) -> None:
+        """Make groups and input arrays whole again after a kill. Hold the lock."""
+        if not self.files.exists(GROUP_FILE):
+            self.files.create(GROUP_FILE, metadata_bytes(group_metadata()))
+        num_shards = max([self.catalogue().num_shards, *(n for _, n in self._array_metadata().values())])
+        for spec in self.layout.input_specs:
+            if not self.files.exists(f"{spec.path}/{GROUP_FILE}"):
+                self._declare(spec, num_shards)
+        self._grow(num_shards)
+
+    def _declare(self, spec: ArraySpec, num_shards: int) -> None:
+        group = os.path.dirname(spec.path)
+        if group and not self.files.exists(f"{group}/{GROUP_FILE}"):
+            self.files.create(f"{group}/{GROUP_FILE}", metadata_bytes(group_metadata()))
+        metadata = self.layout.array_metadata(spec, num_shards)
+        self.files.create(f"{spec.path}/{GROUP_FILE}", metadata_bytes(metadata))
+
+    def _grow(self, num_shards: int) -> None:
+        """Declare every array long enough; all alike, since xarray opens no group whose lengths differ."""
+        for spec, declared in self._array_metadata().values():
+            if declared < num_shards:
+                data = metadata_bytes(self.layout.array_metadata(spec, num_shards))
+                self.files.write(f"{spec.path}/{GROUP_FILE}", [data])
+
+    def _array_metadata(self) -> dict[str, tuple[ArraySpec, int]]:
+        """Per declared array path: its spec, and for how many shards it is declared long enough."""
+        arrays = {}
+        for path in self._array_paths():
+            try:
+                metadata = json.loads(self.files.read(f"{path}/{GROUP_FILE}", limit=MAX_METADATA_BYTES))
+                length, *shape = metadata["shape"]
+                signal = Signal.from_path(path)
+                spec = ArraySpec(signal, tuple(shape), metadata["data_type"], metadata["attributes"]["kd"]["encoding"])
+                arrays[path] = spec, int(length) // self.layout.capacity(spec.axis)
+            except FileNotFoundError:
+                continue
+            except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
+                raise VerificationError(
+                    f"{self.files.path(f'{path}/{GROUP_FILE}')} does not describe an array of kd: {error}",
+                    fix=f"see all damage with: kd store verify {self.url}",
+                ) from None
+        return arrays
+
+    def _array_paths(self) -> list[str]:
+        paths = [spec.path for spec in self.layout.input_specs]
+        for name, kind in SIGNALS.items():
+            if not kind.per_layer:
+                paths.append(name)
+            else:
+                paths += [f"{name}/{layer}" for layer in self.files.list(name) if layer.isdecimal()]
+        return paths
+
+    def writer(self, shard: int, specs: Sequence[ArraySpec]) -> ShardWriter:
+        """A writer of some signals of one shard. The arrays must have been declared.
+
+        Raises:
+            RefusedError: no such shard, or an array that was not declared like this.
+        """
+        declared = self.declared()
+        for spec in specs:
+            if declared.get(spec.path) != spec or spec in self.layout.input_specs:
+                raise RefusedError(f"{spec.signal} was not declared as {spec.dtype} {list(spec.shape)}")
+        record = self._allocation(shard)
+        _, lengths = read_index(self.files, record)
+        return ShardWriter(self, record, lengths, specs)
+
+    # -- sidecars -----------------------------------------------------------------------------------------------
+
+    def has_sidecar(self, name: str) -> bool:
+        """Whether a sidecar of that name is there."""
+        return name in sidecar.list_sidecars(self.files)
+
+    def put_sidecar(
+        self, name: str, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep teacher tensors. The same ones again: nothing happens; others: RefusedError."""
+        sidecar.write_tensors(self.files, self.store_digest, name, tensors, metadata or {})
+
+    def sidecar(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Tensors of a sidecar, checked; RefusedError when it is not there."""
+        return sidecar.read_tensors(self.files, self.store_digest, name)
+
+    def sidecar_metadata(self, name: str) -> dict[str, Any]:
+        """What was said when the sidecar was put there."""
+        return dict(sidecar.read_record(self.files, self.store_digest, name).metadata)
+
+    def put_file_sidecar(
+        self, name: str, folder: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the files of a folder (tokenizer, configuration). One that is there stays as it is."""
+        sidecar.write_files(self.files, self.store_digest, name, folder, metadata or {})
+
+    def sidecar_folder(self, name: str) -> Path:
+        """Folder of a file sidecar, checked; RefusedError when it is not there."""
+        return sidecar.open_folder(self.files, self.store_digest, name)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def reader(self) -> StoreReader:
+        """A reader of what is committed now."""
+        from .reader import StoreReader
+
+        return StoreReader(self)
+
+    def inspect(self) -> dict[str, Any]:
+        """What the store holds, for people and `--json`."""
+        catalogue = self.catalogue()
+        signals = {}
+        for path in sorted({*self.declared(), *catalogue.specs}):
+            spec = catalogue.specs.get(path) or self.declared()[path]
+            files = catalogue.files.get(path, {})
+            signals[str(spec.signal)] = {
+                "axis": spec.axis,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "shards": len(files),
+                "bytes": sum(file.bytes for file in files.values()),
+            }
+        return {
+            "url": self.url,
+            "version": STORE_VERSION,
+            "digest": self.digest(),
+            "identity": self.identity.to_json(),
+            "layout": self.layout.to_json(),
+            "rows": sum(record.rows for record in catalogue.allocations),
+            "tokens": sum(record.tokens for record in catalogue.allocations),
+            "shards": catalogue.num_shards,
+            "signals": signals,
+            "sidecars": sidecar.list_sidecars(self.files),
+            "bytes": sum(signal["bytes"] for signal in signals.values()),
+        }
+
+    def verify(self) -> VerifyReport:
+        """Read everything and compare it with what the records say."""
+        from .verify import verify_store
+
+        return verify_store(self.url)
+
+
+def _shards_of(rows: IntArray, layout: StoreLayout) -> tuple[int, ...]:
+    return tuple(np.unique(rows // layout.rows_per_shard).tolist())
+
+
+def _reopen(url: str, store_digest: str) -> TeacherStore:
+    store = open_store(url)
+    if store.store_digest != store_digest:
+        raise RefusedError(f"the store at {url} is not the one that was there before")
+    return store

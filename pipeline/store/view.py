@@ -1,0 +1,199 @@
+"""Views: the rows of one corpus inside a store. What `cache-teacher` hands to `train-student`.
+
+A view is a folder with `examples.parquet`: all columns of the corpus, and for each example the row number and the
+row key of its teacher outputs. The key is compared with the store's before anything is joined.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..artifact import atomic_write_bytes, open_artifact
+from ..errors import RefusedError, VerificationError
+from ..ragged import IntArray
+from .keys import key_hex, keys_from_arrow, keys_to_arrow
+from .signal import ArraySpec, Signal
+from .store import open_store
+
+if TYPE_CHECKING:
+    from .reader import StoreReader
+    from .store import TeacherStore
+
+EXAMPLES = "examples.parquet"
+
+
+@dataclass(frozen=True)
+class View:
+    """An opened view.
+
+    Attributes:
+        path: its folder.
+        store: the store its rows are in, identity checked.
+        examples: all columns of the corpus, then `row` int64 and `row_key` fixed_size_binary(16).
+        rows: int64 [N] row number of each example in the store.
+        info: what the corpus says of itself (task, label names, columns).
+        content: the kind-specific part of the manifest.
+        fingerprint: of the view.
+    """
+
+    path: Path
+    store: TeacherStore
+    examples: pa.Table
+    rows: IntArray
+    info: Mapping[str, Any]
+    content: Mapping[str, Any] = field(repr=False)
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What was captured for it when it was made."""
+        return tuple(Signal.parse(signal) for signal in self.content["signals"])
+
+    @cached_property
+    def reader(self) -> StoreReader:
+        """A reader of the store, after the check that every row number still means the same input."""
+        reader = self.store.reader()
+        require_same_rows(reader, self.rows, self.examples, where=str(self.path))
+        return reader
+
+    def check_coverage(self, signals: Iterable[Signal | str]) -> None:
+        """Refuse unless every example has every signal, and every row is the one the view was made for.
+
+        Raises:
+            RefusedError: per signal, how many examples lack it and the first of their ids.
+            VerificationError: a row of the store has another row key than the view.
+        """
+        reader, lines, wanted = self.reader, [], []
+        for signal in signals:
+            missing = np.flatnonzero(~reader.has(signal, self.rows))
+            if len(missing):
+                wanted.append(str(signal))
+                lines.append(
+                    f"{signal}: {len(missing)} of {len(self)} examples lack it, first {self._ids(missing[:3])}"
+                )
+        if lines:
+            raise RefusedError(
+                f"view {self.path} does not cover what is needed",
+                details=lines,
+                fix=f"run kd cache-teacher again on the same corpus and store with --signals {','.join(wanted)}",
+            )
+
+    def _ids(self, examples: npt.NDArray[np.int64]) -> str:
+        if "example_id" not in self.examples.column_names:
+            return ", ".join(f"example {number}" for number in examples.tolist())
+        values = self.examples.column("example_id").take(pa.array(examples)).to_pylist()
+        return ", ".join(value.hex() if isinstance(value, bytes) else str(value) for value in values)
+
+
+def require_same_rows(reader: StoreReader, rows: IntArray, examples: pa.Table, *, where: str) -> None:
+    """Refuse when a row of the store is not the input that an example was joined to.
+
+    Raises:
+        VerificationError: names the first such example and both keys.
+    """
+    expected = keys_from_arrow(examples.column("row_key"))
+    found = reader.row_keys(rows)
+    differs = (expected != found).any(axis=1)
+    if differs.any():
+        example = int(np.argmax(differs))
+        raise VerificationError(
+            f"{where}: example {example} was joined to row {int(rows[example])} of {reader.files.url}, "
+            f"which now holds another input ({int(differs.sum())} of {len(rows)} examples)",
+            details=[f"row key in the view: {key_hex(expected, example)}", f"in the store: {key_hex(found, example)}"],
+            fix="run kd cache-teacher again to make the view anew",
+        )
+
+
+def write_view(
+    path: str | os.PathLike[str],
+    examples: pa.Table,
+    rows: npt.ArrayLike,
+    store: TeacherStore,
+    signals: Sequence[Signal | ArraySpec],
+    *,
+    corpus: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `examples.parquet` and return the content for the manifest, which the stage writes last.
+
+    Args:
+        examples: N rows, all columns of the corpus.
+        rows: int64 [N] where `store.allocate` put them.
+        signals: what was captured for all of them.
+        corpus: what the corpus says of itself, and its fingerprint.
+    """
+    rows_N = np.asarray(rows, dtype=np.int64)
+    if len(rows_N) != len(examples):
+        raise RefusedError(f"view {path}: {len(examples)} examples, {len(rows_N)} rows")
+    table = examples.drop_columns([name for name in ("row", "row_key") if name in examples.column_names])
+    table = table.append_column(pa.field("row", pa.int64(), nullable=False), pa.array(rows_N))
+    keys = keys_to_arrow(store.reader().row_keys(rows_N))
+    table = table.append_column(pa.field("row_key", pa.binary(16), nullable=False), keys)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    atomic_write_bytes(Path(path) / EXAMPLES, buffer.getvalue())
+    return {
+        "store": os.path.relpath(store.files.root, Path(path).resolve()),
+        "store_identity": store.identity.digest,
+        "store_digest": store.store_digest,
+        "signals": [str(item.signal if isinstance(item, ArraySpec) else item) for item in signals],
+        "corpus": dict(corpus or {}),
+        "num_rows": len(rows_N),
+    }
+
+
+def open_view(path: str | os.PathLike[str]) -> View:
+    """Open a finished view and the store it points to.
+
+    Raises:
+        RefusedError: no view there, or its store is gone or another one.
+        VerificationError: `examples.parquet` is not what the manifest says.
+    """
+    folder = Path(path)
+    artifact = open_artifact(folder, kind="view")
+    content = artifact.content
+    try:
+        where, identity, num_rows = str(content["store"]), content["store_identity"], content["num_rows"]
+        content["signals"], content["corpus"]
+    except KeyError as error:
+        raise VerificationError(f"the manifest of view {folder} lacks {error}") from None
+    location = where if "://" in where else os.path.normpath(folder.resolve() / where)
+    try:
+        store = open_store(location)
+    except RefusedError as error:
+        raise RefusedError(
+            f"view {folder} points to the store {location}, which cannot be opened",
+            details=[error.what],
+            fix="put the store back where it was relative to the view, or run kd cache-teacher again",
+        ) from None
+    if store.identity.digest != identity or store.store_digest != content.get("store_digest", store.store_digest):
+        raise RefusedError(
+            f"view {folder} was made for another store than the one at {location}",
+            details=[f"store the view was made for: {identity}", f"store found: {store.identity.digest}"],
+            fix="put the original store back, or run kd cache-teacher again",
+        )
+    try:
+        examples = pq.read_table(folder / EXAMPLES)
+        rows = examples.column("row").to_numpy().astype(np.int64)
+        keys_from_arrow(examples.column("row_key"))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise VerificationError(
+            f"{folder / EXAMPLES} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
+        ) from None
+    if len(examples) != num_rows:
+        raise VerificationError(f"{folder / EXAMPLES} has {len(examples)} rows, the manifest says {num_rows}")
+    corpus = content["corpus"]
+    return View(folder, store, examples, rows, corpus.get("info", corpus), content, artifact.fingerprint)

@@ -1,0 +1,205 @@
+"""Writing one shard: buffers in memory, refused when a value is bad, committed all at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RefusedError, VerificationError
+from ..ragged import IntArray, offsets_of, ranges
+from .files import Buffer
+from .layout import StoreLayout, fill_value
+from .records import FileRecord, Record, hash_parts
+from .shard import encode_index
+from .signal import ArraySpec, Signal
+
+if TYPE_CHECKING:
+    from .store import TeacherStore
+
+FLOAT16_OVERFLOWS = 65520.0
+"""The smallest magnitude that float16 rounds to infinity."""
+
+
+def shard_parts(layout: StoreLayout, spec: ArraySpec, values: npt.NDArray[Any]) -> list[Buffer]:
+    """A shard file as the buffers it is made of, without copying `values` [entries, ...]."""
+    chunk = layout.chunk_length(spec)
+    padding = layout.padded_length(spec, len(values)) - len(values)
+    return [
+        np.ascontiguousarray(values, dtype=np.dtype(spec.dtype).newbyteorder("<")).reshape(-1).view(np.uint8),
+        np.full((padding, *spec.shape), fill_value(spec)).reshape(-1).view(np.uint8),
+        encode_index(layout.num_chunks(spec), -(-len(values) // chunk), chunk * spec.entry_bytes),
+    ]
+
+
+class ShardWriter:
+    """Collects the signals of one shard and commits them together. Made by `TeacherStore.writer`.
+
+    Rows may come in any order and any batches, each once; `commit` refuses while one is missing. `put_*` and
+    `commit` may run in different threads, one after the other.
+    """
+
+    def __init__(self, store: TeacherStore, allocation: Record, lengths: IntArray, specs: Sequence[ArraySpec]) -> None:
+        self.shard = allocation.shard
+        self._store, self._allocation = store, allocation
+        self._lengths, self._starts = lengths, offsets_of(lengths)[:-1]
+        self._specs = {spec.signal: spec for spec in specs}
+        self._buffers = {
+            spec.signal: np.empty((allocation.entries(spec), *spec.shape), dtype=spec.dtype) for spec in specs
+        }
+        self._written = {spec.signal: np.zeros(allocation.rows, dtype=bool) for spec in specs}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def put_rows(self, signal: Signal | str, slots: npt.ArrayLike, values: npt.NDArray[Any]) -> None:
+        """Take one entry per row of an example-axis signal.
+
+        Args:
+            slots: [B] places of the rows inside the shard, distinct.
+            values: [B, ...] floating point, cast to the stored dtype.
+
+        Raises:
+            RefusedError: a value that is not finite or overflows float16, naming signal and row.
+        """
+        spec, slots_B = self._check(signal, slots, "example")
+        if values.shape != (len(slots_B), *spec.shape):
+            raise RefusedError(
+                f"{spec.signal}: values of {len(slots_B)} rows have shape {[len(slots_B), *spec.shape]}, "
+                f"got {list(values.shape)}"
+            )
+        self._refuse_bad_values(spec, values, slots_B, np.ones(len(slots_B), dtype=np.int64))
+        self._buffers[spec.signal][slots_B] = values
+        self._written[spec.signal][slots_B] = True
+
+    def put_tokens(self, signal: Signal | str, slots: npt.ArrayLike, values: npt.NDArray[Any]) -> None:
+        """Take the entries of all tokens of some rows of a token-axis signal.
+
+        Args:
+            slots: [B] places of the rows inside the shard, distinct.
+            values: [total, ...] the rows' tokens, row after row in the order of `slots`, without padding.
+
+        Raises:
+            RefusedError: as `put_rows`.
+        """
+        spec, slots_B = self._check(signal, slots, "token")
+        lengths = self._lengths[slots_B]
+        total = int(lengths.sum())
+        if values.shape != (total, *spec.shape):
+            raise RefusedError(
+                f"{spec.signal}: values of these {len(slots_B)} rows have shape {[total, *spec.shape]}, "
+                f"got {list(values.shape)}"
+            )
+        self._refuse_bad_values(spec, values, slots_B, lengths)
+        self._buffers[spec.signal][ranges(self._starts[slots_B], lengths)] = values
+        self._written[spec.signal][slots_B] = True
+
+    def _check(self, signal: Signal | str, slots: npt.ArrayLike, axis: str) -> tuple[ArraySpec, IntArray]:
+        signal = Signal.parse(signal) if isinstance(signal, str) else signal
+        spec = self._specs.get(signal)
+        if spec is None:
+            raise RefusedError(
+                f"this writer does not hold {signal}", details=[f"it holds: {', '.join(map(str, self._specs))}"]
+            )
+        if spec.axis != axis:
+            method = "put_tokens" if spec.axis == "token" else "put_rows"
+            raise RefusedError(f"{signal} has one entry per {spec.axis}", fix=f"use {method}")
+        slots_B = np.asarray(slots, dtype=np.int64)
+        if slots_B.ndim != 1 or (slots_B.size and not 0 <= slots_B.min() <= slots_B.max() < self._allocation.rows):
+            raise RefusedError(f"shard {self.shard} has row slots 0 to {self._allocation.rows - 1}, got {slots}")
+        again = self._written[signal][slots_B]
+        if again.any() or len(np.unique(slots_B)) != len(slots_B):
+            twice = slots_B[again] if again.any() else slots_B
+            raise RefusedError(f"{signal}: row {self._row(int(twice[0]))} was written twice")
+        return spec, slots_B
+
+    def _row(self, slot: int) -> int:
+        return self.shard * self._store.layout.rows_per_shard + slot
+
+    def _refuse_bad_values(self, spec: ArraySpec, values: npt.NDArray[Any], slots: IntArray, lengths: IntArray) -> None:
+        if values.dtype.kind != "f":
+            raise RefusedError(f"{spec.signal}: values must be floating point, got {values.dtype}")
+        if not values.size:
+            return
+        limit = FLOAT16_OVERFLOWS if spec.dtype == "float16" else float(np.finfo(np.float32).max)
+        # NaN makes both extremes NaN, and every comparison with it false.
+        if -limit < values.min() and values.max() < limit:
+            return
+        flat = values.reshape(len(values), -1)
+        for bad, what in (
+            (~np.isfinite(flat), "is not finite"),
+            (np.abs(flat) >= limit, f"does not fit {spec.dtype}"),
+        ):
+            entries = np.flatnonzero(bad.any(axis=1))
+            if not len(entries):
+                continue
+            entry = int(entries[0])
+            position = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
+            value = flat[entry][bad[entry]][0]
+            token = entry - int(lengths[:position].sum())
+            place = f", token {token}" if spec.axis == "token" else ""
+            raise RefusedError(
+                f"{spec.signal} of row {self._row(int(slots[position]))} (shard {self.shard}, "
+                f"slot {int(slots[position])}{place}) {what}: {value}",
+                details=[f"{int(bad.sum())} such values of {flat.size} in this batch"],
+                fix="capture this signal as float32"
+                if np.isfinite(value)
+                else "the teacher is broken for this input: check its weights and compute dtype (try --dtype float32)",
+            )
+
+    def commit(self) -> Record | None:
+        """Write the shard files and their record; from then on the shard holds these signals, for good.
+
+        Returns:
+            The record, or None when another process had committed all of them before: its files are kept.
+
+        Raises:
+            RefusedError: a row is missing.
+        """
+        for signal, written in self._written.items():
+            if not written.all():
+                slot = int(np.argmin(written))
+                raise RefusedError(
+                    f"{signal}: {int((~written).sum())} rows of shard {self.shard} were never written, "
+                    f"the first is row {self._row(slot)}"
+                )
+        files, layout = self._store.files, self._store.layout
+        if not (todo := self._uncommitted()):
+            return None
+        with contextlib.ExitStack() as stack:
+            staged = {}
+            # Sorted, so that two writers of the same files never hold one another's next.
+            for spec in sorted(todo, key=lambda spec: spec.path):
+                parts = shard_parts(layout, spec, self._buffers[spec.signal])
+                size, digest, head = hash_parts(parts)
+                file = FileRecord(spec, self.shard, size, digest, head)
+                staged[file] = stack.enter_context(files.stage(file.file, parts))
+            with files.lock():
+                left = set(self._uncommitted())
+                kept = tuple(file for file in staged if file.spec in left)
+                if not kept:
+                    return None
+                for file in kept:
+                    staged[file].publish()
+                record = Record(
+                    self._allocation.store,
+                    self.shard,
+                    self._allocation.rows,
+                    self._allocation.tokens,
+                    kept,
+                    allocation=self._allocation.digest,
+                )
+                files.create(record.file, record.encode())
+        return record
+
+    def _uncommitted(self) -> list[ArraySpec]:
+        records = self._store.shard_records(self.shard)
+        if self._allocation not in records:
+            raise VerificationError(f"shard {self.shard} of {self._store.url} lost its allocation while it was written")
+        done = {file.spec.path for record in records for file in record.files}
+        return [spec for spec in self._specs.values() if spec.path not in done]
