@@ -1,0 +1,285 @@
+"""Map one plain function over shards: in this process, or over dask workers. The only file that knows dask.
+
+Arrays never travel: a worker gets a picklable job and a shard number, and returns a small record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from .errors import KdError, RefusedError, UsageError, near_match
+
+Computed = TypeVar("Computed")
+Record = TypeVar("Record")
+
+ALLOWED_DEATHS = 2
+"""How often a worker process may die on a shard before the shard is set aside: one more try than this."""
+RETRIES = 2
+"""How often a shard that raised is tried again on a dask worker."""
+IN_FLIGHT = 20_000
+"""Shards handed to the scheduler at once; it holds them until a worker is free."""
+
+
+class ShardJob(Protocol[Computed, Record]):
+    """What is done with a shard, in two halves, so that one shard is written while the next is computed.
+
+    On dask workers the job is pickled, and both halves run there.
+    """
+
+    def compute(self, shard: int, advance: Callable[[int], None]) -> Computed:
+        """Do the work; call `advance(rows)` as it goes."""
+
+    def finish(self, computed: Computed) -> Record:
+        """Write it, and return a small record. Runs in another thread."""
+
+
+@dataclass(frozen=True)
+class ShardOutcome(Generic[Record]):
+    """How a shard ended: with a record, or set aside with a reason."""
+
+    shard: int
+    record: Record | None
+    failure: str | None = None
+
+
+def check_execution(workers: int, cluster: str | None) -> None:
+    """Refuse a malformed `--workers` or `--cluster` before any work.
+
+    Raises:
+        UsageError: fewer than one worker, or a cluster that is none of the known forms.
+    """
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least one worker is needed")
+    if cluster is None or cluster in ("none", "local") or cluster.startswith(("tcp://", "tls://", "file:")):
+        return
+    module, _, function = cluster.partition(":")
+    if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise UsageError(
+            f"--cluster {cluster!r} is not understood{near_match(cluster, ('none', 'local'))}",
+            details=[
+                "none                  this process",
+                "local                 --workers processes on this machine",
+                "tcp://HOST:PORT       a running dask scheduler",
+                "file:SCHEDULER.json   the same, by its scheduler file",
+                "MODULE:FUNCTION       a function that returns a dask cluster (SLURM, SSH, Kubernetes, ...)",
+            ],
+        )
+
+
+def threads_per_process(workers: int) -> int:
+    """Compute threads for each of `workers` processes on this machine; OMP_NUM_THREADS is an upper bound."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // workers)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
+
+
+def map_shards(
+    job: ShardJob[Computed, Record],
+    shards: Sequence[int],
+    *,
+    name: str,
+    workers: int = 1,
+    cluster: str | None = None,
+    worker_env: Sequence[Mapping[str, str]] = (),
+    on_advance: Callable[[int], None] = lambda rows: None,
+) -> Iterator[ShardOutcome[Record]]:
+    """Run `job` on every shard and yield how each ended, as they end.
+
+    In this process the shards run in order, and any exception ends the run; what was computed before is finished
+    first. On dask a shard is tried again when it raises or its worker dies, and set aside when that does not help, so
+    one bad shard never costs the others. A KdError is final everywhere: it ends the run.
+
+    Args:
+        job: what to do; picklable when `workers` or `cluster` ask for dask.
+        shards: shard numbers.
+        name: names the work among the tasks of a shared scheduler; hold the fingerprint of what is computed.
+        workers: processes on this machine; 1 is this process.
+        cluster: where else to run (see `check_execution`). A cluster that was running before is left running.
+        worker_env: environment of each local worker process, taken in turn (one GPU each, say).
+        on_advance: called with numbers of rows done, in this process.
+    """
+    check_execution(workers, cluster)
+    if not shards:
+        return
+    if (cluster is None and workers == 1) or cluster == "none":
+        yield from _map_here(job, shards, on_advance)
+        return
+    with _client(workers, cluster, worker_env) as client:
+        yield from _map_on_dask(client, job, shards, name, on_advance)
+
+
+def _map_here(
+    job: ShardJob[Computed, Record], shards: Sequence[int], on_advance: Callable[[int], None]
+) -> Iterator[ShardOutcome[Record]]:
+    # Leaving the pool waits for the shard being written, so Ctrl-C loses only the one being computed.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kd-write") as writer:
+        written: tuple[int, Future[Record]] | None = None
+        for shard in shards:
+            computed = job.compute(shard, on_advance)
+            if written is not None:
+                yield ShardOutcome(written[0], written[1].result())
+            written = (shard, writer.submit(job.finish, computed))
+            del computed
+        if written is not None:
+            yield ShardOutcome(written[0], written[1].result())
+
+
+# --- dask ----------------------------------------------------------------------------------------------------------
+
+
+def _map_on_dask(
+    client: Any,
+    job: ShardJob[Computed, Record],
+    shards: Sequence[int],
+    name: str,
+    on_advance: Callable[[int], None],
+) -> Iterator[ShardOutcome[Record]]:
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    waiting = iter(shards)
+    shard_of: dict[str, int] = {}
+
+    def submit(shard: int) -> Any:
+        # No `workers=` or `resources=`: they bypass the scheduler's queue, and then a dying worker is held against
+        # every shard that was already assigned to it.
+        key = f"kd-{name}-{shard}"
+        shard_of[key] = shard
+        return client.submit(_run_shard, job, shard, key=key, retries=RETRIES, pure=False)
+
+    running = as_completed([submit(shard) for shard, _ in zip(waiting, range(IN_FLIGHT), strict=False)])
+    for future in running:
+        shard = shard_of.pop(future.key)
+        error = future.exception()
+        if error is None:
+            result: _Ran[Record] = future.result()
+            if result.refused is not None:
+                raise result.refused
+            on_advance(result.rows)
+            yield ShardOutcome(shard, result.record)
+        elif isinstance(error, KilledWorker):
+            yield ShardOutcome(shard, None, f"its worker process died {ALLOWED_DEATHS + 1} times")
+        else:
+            first_line = (str(error).splitlines() or [""])[0]
+            yield ShardOutcome(shard, None, f"{type(error).__name__}: {first_line}"[:300])
+        for more in waiting:
+            running.add(submit(more))
+            break
+
+
+@dataclass(frozen=True)
+class _Ran(Generic[Record]):
+    record: Record | None
+    rows: int
+    # Returned, not raised: dask would try a refusal again.
+    refused: KdError | None = None
+
+
+def _run_shard(job: ShardJob[Computed, Record], shard: int) -> _Ran[Record]:
+    """Both halves of the job, on a worker."""
+    rows = 0
+
+    def advance(count: int) -> None:
+        nonlocal rows
+        rows += count
+
+    try:
+        return _Ran(job.finish(job.compute(shard, advance)), rows)
+    except KdError as error:
+        return _Ran(None, rows, error)
+
+
+@contextlib.contextmanager
+def _client(workers: int, cluster: str | None, worker_env: Sequence[Mapping[str, str]]) -> Iterator[Any]:
+    from distributed import Client
+
+    if cluster is None or cluster == "local":
+        with _local_cluster(workers, worker_env) as own, Client(own) as client:
+            yield client
+        return
+    if cluster.startswith(("tcp://", "tls://", "file:")):
+        try:
+            client = Client(_address(cluster), timeout="30s")
+        except (OSError, ValueError, KeyError) as error:
+            raise RefusedError(
+                f"no dask scheduler answers at {cluster}",
+                details=[(str(error).splitlines() or [""])[0][:200]],
+                fix="start one (dask scheduler), or use --workers N",
+            ) from error
+        with client:
+            yield client
+        return
+    with _cluster_of(cluster) as made, Client(made) as client:
+        yield client
+
+
+def _address(cluster: str) -> str:
+    if not cluster.startswith("file:"):
+        return cluster
+    # Read here: dask waits for a file that is not there until it comes.
+    with open(cluster.removeprefix("file:"), encoding="utf-8") as file:
+        return str(json.load(file)["address"])
+
+
+def _cluster_of(name: str) -> Any:
+    from importlib import import_module
+
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--cluster {name}: there is no module {error.name!r}", fix="install it, or put it on PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(f"--cluster {name}: {module_name} has no function {function_name!r}")
+    return function()
+
+
+@contextlib.contextmanager
+def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Iterator[Any]:
+    import logging
+
+    import dask
+    from distributed import Nanny, Scheduler, SpecCluster
+    from distributed.system import MEMORY_LIMIT
+
+    threads = str(threads_per_process(workers))
+    # dask would give every worker one compute thread.
+    common = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    common["TOKENIZERS_PARALLELISM"] = "false"
+    options = [
+        {
+            "nthreads": 1,
+            "memory_limit": MEMORY_LIMIT // workers,
+            "env": common | dict(worker_env[index % len(worker_env)] if worker_env else {}),
+            "silence_logs": logging.CRITICAL,
+        }
+        for index in range(workers)
+    ]
+    settings = {
+        "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
+        # One shard a worker: a death is then held against the shard that caused it and no other.
+        "distributed.scheduler.worker-saturation": 1.0,
+        # Results are small records and the rest is the teacher: spilling and pausing could only stall.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+    }
+    with (
+        dask.config.set(settings),
+        SpecCluster(
+            workers={index: {"cls": Nanny, "options": own} for index, own in enumerate(options)},
+            scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster
