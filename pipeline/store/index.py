@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -135,29 +136,29 @@ class RowIndex:
             offsets[start + 1 + record.rows : start + width] = record.tokens
         return offsets
 
-    @cached_property
-    def all_keys(self) -> tuple[Keys, IntArray]:
-        """(row keys [N, 2], their row numbers int64 [N]) of every row in the store."""
+    def lookup(self, wanted: Keys) -> IntArray:
+        """int64 [N] row number of each key [N, 2], -1 where the store has no such row."""
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         rows: list[IntArray] = [np.empty(0, dtype=np.int64)]
         for record in self.allocations:
             shard_keys, _ = read_index(self.files, record)
             keys.append(shard_keys)
             rows.append(np.arange(record.rows) + record.shard * self.layout.rows_per_shard)
-        return np.concatenate(keys), np.concatenate(rows)
-
-    def lookup(self, keys: Keys) -> IntArray:
-        """int64 [N] row number of each key, -1 where the store has no such row."""
-        known, rows = self.all_keys
-        positions = match_keys(known, keys)
+        positions = match_keys(np.concatenate(keys), wanted)
         found = positions >= 0
-        positions[found] = rows[positions[found]]
+        positions[found] = np.concatenate(rows)[positions[found]]
         return positions
 
     def row_keys(self, rows: IntArray) -> Keys:
-        """[N, 2] keys of rows that exist."""
-        keys, numbers = self.all_keys
-        return keys[np.searchsorted(numbers, rows)]
+        """[N, 2] keys of rows that exist; reads the shards one by one and keeps nothing."""
+        shards = rows // self.layout.rows_per_shard
+        keys = np.empty((len(rows), 2), dtype=np.uint64)
+        order = np.argsort(shards, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(mine):
+                shard = int(shards[mine[0]])
+                keys[mine] = read_index(self.files, self.allocations[shard])[0][rows[mine] % self.layout.rows_per_shard]
+        return keys
 
     def locate(self, rows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """(shard, first token inside the shard, number of tokens) of each row, int64 [N].
@@ -165,18 +166,20 @@ class RowIndex:
         Raises:
             RefusedError: a row number that the store does not have.
         """
+        if rows.size and rows.min() < 0:
+            self._refuse(rows, rows < 0)
         shards = rows // self.layout.rows_per_shard
-        if rows.size and (int(shards.min()) < 0 or int(shards.max()) >= len(self.allocations)):
-            self._refuse(rows, (shards < 0) | (shards >= len(self.allocations)))
         at = rows + shards
-        offsets = self.token_offsets
-        starts = offsets.take(at).astype(np.int64)
-        lengths = offsets.take(at + 1).astype(np.int64) - starts
-        if rows.size and not lengths.all():
+        try:
+            starts = self.token_offsets.take(at).astype(np.int64)
+            lengths = self.token_offsets.take(at + 1).astype(np.int64) - starts
+        except IndexError:
+            self._refuse(rows, shards >= len(self.allocations))
+        if not lengths.all():
             self._refuse(rows, lengths == 0)
         return shards, starts, lengths
 
-    def _refuse(self, rows: IntArray, bad: npt.NDArray[np.bool_]) -> None:
+    def _refuse(self, rows: IntArray, bad: npt.NDArray[np.bool_]) -> NoReturn:
         raise RefusedError(
             f"store {self.files.url} has no row {int(rows[bad][0])} ({int(bad.sum())} such of {len(rows)})",
             fix="was the view made for another store? run kd cache-teacher again",

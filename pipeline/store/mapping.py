@@ -68,7 +68,7 @@ class ShardMap:
         last = num_shards * self.stride * entry
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
         _map(address + last, end - last, mmap.PROT_READ, flags, -1)
-        memory = (ctypes.c_char * size).from_address(address)
+        memory = memoryview((ctypes.c_char * size).from_address(address))
         self.values: npt.NDArray[Any] = np.frombuffer(memory, dtype=numbers.base).reshape(-1, *shape)
         self.values.flags.writeable = False
 

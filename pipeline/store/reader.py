@@ -7,6 +7,7 @@ zarr, whole shards at a time into a bounded cache.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -258,7 +259,7 @@ class StoreReader:
         padding = columns >= lengths[:, None]
         if array.map is not None:
             positions = (shards * array.map.stride + starts)[:, None] + columns
-            positions[padding] = len(array.map.values) - 1
+            np.putmask(positions, padding, len(array.map.values) - 1)
             np.take(array.map.values, positions, axis=0, out=values, mode="clip")
             if pad_value:
                 values[padding] = pad_value
@@ -313,7 +314,7 @@ def _row_numbers(rows: npt.ArrayLike) -> IntArray:
 def _memory(out: Array | None, shape: tuple[int, ...], dtype: str) -> Array:
     if out is None:
         return np.empty(shape, dtype=dtype)
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
     if out.dtype != dtype or not out.flags.c_contiguous or out.size < size:
         raise RefusedError(
             f"out must be contiguous {dtype} with at least {size} numbers, got {out.dtype} of {out.size}"

@@ -16,7 +16,7 @@ from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
-from .files import StoreFiles
+from .files import LOCK_FILE, TEMPORARY, StoreFiles
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
 from .keys import Keys, first_occurrences, row_keys
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .verify import VerifyReport
 
 MAX_METADATA_BYTES = 16 << 20
+_BEFORE_CREATION = {LOCK_FILE, STORE_FILE + TEMPORARY}
+"""What a folder may hold in which a store was about to be created when the process was killed."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def create_or_open(
     """
     files = StoreFiles(url)
     if not files.exists(STORE_FILE):
-        if files.root.exists() and (not files.root.is_dir() or any(n != ".lock" for n in _foreign_names(files))):
+        if files.root.exists() and (not files.root.is_dir() or set(files.list("")) - _BEFORE_CREATION):
             raise RefusedError(
                 f"{files.root} exists and is not a store (it has no {STORE_FILE})",
                 fix="give another --store, or an empty folder",
@@ -144,10 +146,6 @@ def create_or_open(
         files.sweep()
         store.prepare()
     return store
-
-
-def _foreign_names(files: StoreFiles) -> list[str]:
-    return [name for name in files.list("") if name != STORE_FILE + ".tmp"]
 
 
 def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = None) -> TeacherStore:

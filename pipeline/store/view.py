@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ..artifact import atomic_write_bytes, open_artifact
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray
-from .keys import key_hex, keys_from_arrow, keys_to_arrow
+from .keys import Keys, key_hex, keys_from_arrow, keys_to_arrow
 from .signal import ArraySpec, Signal
 from .store import open_store
 
@@ -40,7 +40,6 @@ class View:
     Attributes:
         path: its folder.
         store: the store its rows are in, identity checked.
-        examples: all columns of the corpus, then `row` int64 and `row_key` fixed_size_binary(16).
         rows: int64 [N] row number of each example in the store.
         info: what the corpus says of itself (task, label names, columns).
         content: the kind-specific part of the manifest.
@@ -49,7 +48,6 @@ class View:
 
     path: Path
     store: TeacherStore
-    examples: pa.Table
     rows: IntArray
     info: Mapping[str, Any]
     content: Mapping[str, Any] = field(repr=False)
@@ -64,18 +62,20 @@ class View:
         return tuple(Signal.parse(signal) for signal in self.content["signals"])
 
     @cached_property
+    def examples(self) -> pa.Table:
+        """All columns of the corpus, then `row` int64 and `row_key` fixed_size_binary(16)."""
+        return _read_examples(self.path, None)
+
+    @cached_property
     def reader(self) -> StoreReader:
-        """A reader of the store, after the check that every row number still means the same input."""
-        reader = self.store.reader()
-        require_same_rows(reader, self.rows, self.examples, where=str(self.path))
-        return reader
+        """A reader of the store, as it was when this was first asked for."""
+        return self.store.reader()
 
     def check_coverage(self, signals: Iterable[Signal | str]) -> None:
-        """Refuse unless every example has every signal, and every row is the one the view was made for.
+        """Refuse unless every example has every signal.
 
         Raises:
             RefusedError: per signal, how many examples lack it and the first of their ids.
-            VerificationError: a row of the store has another row key than the view.
         """
         reader, lines, wanted = self.reader, [], []
         for signal in signals:
@@ -99,23 +99,27 @@ class View:
         return ", ".join(value.hex() if isinstance(value, bytes) else str(value) for value in values)
 
 
-def require_same_rows(reader: StoreReader, rows: IntArray, examples: pa.Table, *, where: str) -> None:
-    """Refuse when a row of the store is not the input that an example was joined to.
-
-    Raises:
-        VerificationError: names the first such example and both keys.
-    """
-    expected = keys_from_arrow(examples.column("row_key"))
+def _require_same_rows(reader: StoreReader, rows: IntArray, expected: Keys, *, where: str) -> None:
+    """Refuse when a row of the store is not the input that an example was joined to."""
     found = reader.row_keys(rows)
     differs = (expected != found).any(axis=1)
     if differs.any():
         example = int(np.argmax(differs))
         raise VerificationError(
             f"{where}: example {example} was joined to row {int(rows[example])} of {reader.files.url}, "
-            f"which now holds another input ({int(differs.sum())} of {len(rows)} examples)",
+            f"which holds another input ({int(differs.sum())} of {len(rows)} examples)",
             details=[f"row key in the view: {key_hex(expected, example)}", f"in the store: {key_hex(found, example)}"],
             fix="run kd cache-teacher again to make the view anew",
         )
+
+
+def _read_examples(folder: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(folder / EXAMPLES, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise VerificationError(
+            f"{folder / EXAMPLES} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
+        ) from None
 
 
 def write_view(
@@ -160,7 +164,8 @@ def open_view(path: str | os.PathLike[str]) -> View:
 
     Raises:
         RefusedError: no view there, or its store is gone or another one.
-        VerificationError: `examples.parquet` is not what the manifest says.
+        VerificationError: `examples.parquet` is not what the manifest says, or a row of the store is not the
+            input that an example was joined to.
     """
     folder = Path(path)
     artifact = open_artifact(folder, kind="view")
@@ -185,15 +190,13 @@ def open_view(path: str | os.PathLike[str]) -> View:
             details=[f"store the view was made for: {identity}", f"store found: {store.identity.digest}"],
             fix="put the original store back, or run kd cache-teacher again",
         )
-    try:
-        examples = pq.read_table(folder / EXAMPLES)
-        rows = examples.column("row").to_numpy().astype(np.int64)
-        keys_from_arrow(examples.column("row_key"))
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise VerificationError(
-            f"{folder / EXAMPLES} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
-        ) from None
-    if len(examples) != num_rows:
-        raise VerificationError(f"{folder / EXAMPLES} has {len(examples)} rows, the manifest says {num_rows}")
+    joined = _read_examples(folder, ["row", "row_key"])
+    if set(joined.column_names) != {"row", "row_key"} or joined.schema.field("row").type != pa.int64():
+        raise VerificationError(f"{folder / EXAMPLES} lacks the columns row (int64) and row_key")
+    if len(joined) != num_rows:
+        raise VerificationError(f"{folder / EXAMPLES} has {len(joined)} rows, the manifest says {num_rows}")
+    rows = joined.column("row").to_numpy()
     corpus = content["corpus"]
-    return View(folder, store, examples, rows, corpus.get("info", corpus), content, artifact.fingerprint)
+    view = View(folder, store, rows, corpus.get("info", corpus), content, artifact.fingerprint)
+    _require_same_rows(view.reader, rows, keys_from_arrow(joined.column("row_key")), where=f"view {folder}")
+    return view

@@ -20,8 +20,8 @@ from .signal import ArraySpec, Signal
 if TYPE_CHECKING:
     from .store import TeacherStore
 
-FLOAT16_OVERFLOWS = 65520.0
-"""The smallest magnitude that float16 rounds to infinity."""
+OVERFLOWS = {"float16": 65520.0, "float32": 3.4028235677973366e38}
+"""The smallest magnitude that a dtype rounds to infinity."""
 
 
 def shard_parts(layout: StoreLayout, spec: ArraySpec, values: npt.NDArray[Any]) -> list[Buffer]:
@@ -111,7 +111,7 @@ class ShardWriter:
             raise RefusedError(f"{signal} has one entry per {spec.axis}", fix=f"use {method}")
         slots_B = np.asarray(slots, dtype=np.int64)
         if slots_B.ndim != 1 or (slots_B.size and not 0 <= slots_B.min() <= slots_B.max() < self._allocation.rows):
-            raise RefusedError(f"shard {self.shard} has row slots 0 to {self._allocation.rows - 1}, got {slots}")
+            raise RefusedError(f"shard {self.shard} has row slots 0 to {self._allocation.rows - 1}, got {slots!r}")
         again = self._written[signal][slots_B]
         if again.any() or len(np.unique(slots_B)) != len(slots_B):
             twice = slots_B[again] if again.any() else slots_B
@@ -126,11 +126,10 @@ class ShardWriter:
             raise RefusedError(f"{spec.signal}: values must be floating point, got {values.dtype}")
         if not values.size:
             return
-        limit = FLOAT16_OVERFLOWS if spec.dtype == "float16" else float(np.finfo(np.float32).max)
-        # NaN makes both extremes NaN, and every comparison with it false.
-        if -limit < values.min() and values.max() < limit:
+        limit = OVERFLOWS[spec.dtype]
+        if _all_below(values, limit):
             return
-        flat = values.reshape(len(values), -1)
+        flat = values.reshape(len(values), -1).astype(np.float64)
         for bad, what in (
             (~np.isfinite(flat), "is not finite"),
             (np.abs(flat) >= limit, f"does not fit {spec.dtype}"),
@@ -140,7 +139,7 @@ class ShardWriter:
                 continue
             entry = int(entries[0])
             position = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
-            value = flat[entry][bad[entry]][0]
+            value = float(flat[entry][bad[entry]][0])
             token = entry - int(lengths[:position].sum())
             place = f", token {token}" if spec.axis == "token" else ""
             raise RefusedError(
@@ -203,3 +202,12 @@ class ShardWriter:
             raise VerificationError(f"shard {self.shard} of {self._store.url} lost its allocation while it was written")
         done = {file.spec.path for record in records for file in record.files}
         return [spec for spec in self._specs.values() if spec.path not in done]
+
+
+def _all_below(values: npt.NDArray[Any], limit: float) -> bool:
+    """Whether all magnitudes are below `limit` > 65504, which no infinity and no NaN is."""
+    if values.dtype == np.float16:
+        # numpy compares float16 one by one; as integers, infinity and everything above it are 0x7c00 and more.
+        return bool((values.view(np.uint16) & 0x7FFF).max() < 0x7C00)
+    # NaN makes both extremes NaN, and every comparison with it false.
+    return -limit < float(values.min()) and float(values.max()) < limit
