@@ -17,6 +17,7 @@ from .errors import KdError, RefusedError, UsageError, near_match
 
 Computed = TypeVar("Computed")
 Record = TypeVar("Record")
+Made = TypeVar("Made", covariant=True)
 
 ALLOWED_DEATHS = 2
 """How often a worker process may die on a shard before the shard is set aside: one more try than this."""
@@ -26,7 +27,7 @@ IN_FLIGHT = 20_000
 """Shards handed to the scheduler at once; it holds them until a worker is free."""
 
 
-class ShardJob(Protocol[Computed, Record]):
+class ShardJob(Protocol[Computed, Made]):
     """What is done with a shard, in two halves, so that one shard is written while the next is computed.
 
     On dask workers the job is pickled, and both halves run there.
@@ -35,7 +36,7 @@ class ShardJob(Protocol[Computed, Record]):
     def compute(self, shard: int, advance: Callable[[int], None]) -> Computed:
         """Do the work; call `advance(rows)` as it goes."""
 
-    def finish(self, computed: Computed) -> Record:
+    def finish(self, computed: Computed) -> Made:
         """Write it, and return a small record. Runs in another thread."""
 
 
@@ -165,7 +166,7 @@ def _map_on_dask(
             on_advance(result.rows)
             yield ShardOutcome(shard, result.record)
         elif isinstance(error, KilledWorker):
-            yield ShardOutcome(shard, None, f"its worker process died {ALLOWED_DEATHS + 1} times")
+            yield ShardOutcome(shard, None, f"its worker process died {error.allowed_failures + 1} times")
         else:
             first_line = (str(error).splitlines() or [""])[0]
             yield ShardOutcome(shard, None, f"{type(error).__name__}: {first_line}"[:300])

@@ -1,0 +1,198 @@
+"""One shard: read its token ids from the store, run the teacher, write its signals. Runs in any process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...pipeline.errors import RefusedError
+from ...pipeline.ragged import Ragged
+from ...pipeline.store import ArraySpec, ShardWriter, TeacherStore
+from .runner import Runner, plan_batches
+from .teacher import Teacher, describe_teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .stage import Plan
+
+CALIBRATION_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class CapturedShard:
+    """What became of a shard: rows the teacher read, bytes written, batches that did not fit into memory."""
+
+    rows: int
+    bytes: int
+    num_halved: int
+
+
+@dataclass(frozen=True)
+class CaptureJob:
+    """Captures any shard of a store; small and picklable, so that it can run in any process.
+
+    Attributes:
+        store: opened; a worker opens it again.
+        teacher: folder or hub id.
+        trust_remote_code: as when it was described.
+        tensors: digest that the teacher's tensors must have.
+        dtype: compute dtype.
+        device: where to run.
+        specs: the signals wanted; a shard that holds some of them gets the others.
+    """
+
+    store: TeacherStore
+    teacher: str
+    trust_remote_code: bool
+    tensors: str
+    dtype: str
+    device: str
+    specs: tuple[ArraySpec, ...]
+
+    @property
+    def teacher_key(self) -> tuple[str, str, str]:
+        """What must be equal for two jobs to share a loaded teacher."""
+        return self.tensors, self.dtype, self.device
+
+    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[ShardWriter, int, int] | None:
+        """Run the teacher over a shard; None when all is there, since another process was faster."""
+        lacking = self.store.missing(self.specs, [shard]).get(shard)
+        if lacking is None:
+            return None
+        loaded = _loaded_teacher(self)
+        runner = loaded.runner({spec.signal: spec.dtype for spec in lacking})
+        halved_before = runner.num_halved
+        rows = self.store.read_tokens(shard)
+        writer = self.store.writer(shard, lacking)
+        batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
+        for batch in runner.run(rows.token_ids, rows.segment_ids, batches):
+            for spec in lacking:
+                put = writer.put_tokens if spec.axis == "token" else writer.put_rows
+                put(spec.signal, batch.slots, batch.values[spec.signal])
+            advance(len(batch.slots))
+        return writer, len(rows.rows), runner.num_halved - halved_before
+
+    def finish(self, computed: tuple[ShardWriter, int, int] | None) -> CapturedShard:
+        """Commit the shard."""
+        if computed is None:
+            return CapturedShard(rows=0, bytes=0, num_halved=0)
+        writer, rows, num_halved = computed
+        record = writer.commit()
+        written = 0 if record is None else sum(file.bytes for file in record.files)
+        return CapturedShard(rows, written, num_halved)
+
+
+# --- the teacher of this process ---------------------------------------------------------------------------------
+
+
+class LoadedTeacher:
+    """A teacher with its weights, and the runner for the signals asked last."""
+
+    def __init__(self, teacher: Teacher, model: nn.Module, device: str) -> None:
+        self._teacher, self._model, self._device = teacher, model, device
+        self._signals: Mapping[Any, str] = {}
+        self._runner: Runner | None = None
+
+    def runner(self, signals: Mapping[Any, str]) -> Runner:
+        """A runner that gives exactly these signals; the same one again while they stay the same."""
+        if self._runner is None or self._signals != signals:
+            if self._runner is not None:
+                self._runner.close()
+            pad_token_id = self._teacher.tokenizer.pad_token_id
+            self._runner = Runner(
+                self._model,
+                signals,
+                device=self._device,
+                pad_token_id=pad_token_id if pad_token_id is not None else 0,
+                max_tokens=self._teacher.max_tokens,
+            )
+            self._signals = dict(signals)
+        return self._runner
+
+
+_Key = tuple[str, str, str]
+_described: dict[_Key, Teacher] = {}
+_loaded: dict[_Key, LoadedTeacher] = {}
+_loading = threading.Lock()
+
+
+def keep_teacher(job: CaptureJob, teacher: Teacher) -> None:
+    """Let this process capture with a teacher that is described already, and perhaps loaded."""
+    with _loading:
+        _described[job.teacher_key] = teacher
+
+
+def forget_teachers() -> None:
+    """Let go of the models that this process captured with."""
+    with _loading:
+        _described.clear()
+        _loaded.clear()
+
+
+def _loaded_teacher(job: CaptureJob) -> LoadedTeacher:
+    """The teacher of this process, loaded when the first shard needs it."""
+    key = job.teacher_key
+    with _loading:
+        if key not in _loaded:
+            teacher = _described.get(key) or describe_teacher(job.teacher, trust_remote_code=job.trust_remote_code)
+            if teacher.tensor_digest != job.tensors:
+                raise RefusedError(
+                    f"teacher {job.teacher} changed while it was captured",
+                    details={"tensors at the start": job.tensors, "tensors now": teacher.tensor_digest},
+                    fix="put the original teacher back, and run the same command again",
+                )
+            model = teacher.load(job.dtype)
+            teacher.unload()
+            _loaded[key] = LoadedTeacher(teacher, model, job.device)
+        return _loaded[key]
+
+
+def worker_environments(device: str) -> Sequence[Mapping[str, str]]:
+    """Environments that give every local worker process its own GPU; nothing for other devices."""
+    if device != "cuda":
+        return ()
+    import os
+
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+
+
+# --- estimate ----------------------------------------------------------------------------------------------------
+
+
+def measure_rate(teacher: Teacher, plan: Plan, *, dtype: str, device: str) -> float:
+    """Tokens per second of the teacher, from one batch of typical rows of what is to be computed."""
+    if plan.preview.num_new or plan.store is None:
+        token_ids, segment_ids = plan.encoded.token_ids, plan.encoded.segment_ids
+    else:
+        rows = plan.store.read_tokens(next(iter(plan.missing)))
+        token_ids, segment_ids = rows.token_ids, rows.segment_ids
+    signals = {spec.signal: spec.dtype for spec in plan.specs}
+    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(signals)
+    batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, plan.layout.batch_tokens))
+    best = float("inf")
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        list(runner.run(token_ids, segment_ids, [batch]))
+        best = min(best, time.perf_counter() - started)
+    runner.close()
+    teacher.unload()
+    return float(token_ids.lengths[batch].sum()) / best
+
+
+def typical_batch(token_ids: Ragged, budget: int) -> np.ndarray:
+    """Rows of about the median length, at most `budget` tokens and at least one row."""
+    order = np.argsort(token_ids.lengths, kind="stable")
+    median = int(token_ids.lengths[order[len(order) // 2]])
+    count = min(len(order), max(1, budget // max(median, 1)))
+    start = max(0, len(order) // 2 - count // 2)
+    return order[start : start + count]

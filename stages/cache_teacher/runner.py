@@ -1,0 +1,360 @@
+"""The forward loop: rows of token ids in, teacher signals out. It opens nothing and stores nothing.
+
+Dimension key: B rows of a batch, T padded length, H hidden width, K tokens of a batch without padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...pipeline.errors import RefusedError
+from ...pipeline.ragged import Ragged
+from ...pipeline.store.signal import Signal
+from ...pipeline.store.writer import OVERFLOWS
+
+PAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class SignalBatch:
+    """What the teacher said about some rows.
+
+    Attributes:
+        slots: which rows, int64 [B].
+        values: per example [B, ...]; per token [K, ...], the rows' tokens one after another without padding.
+    """
+
+    slots: np.ndarray
+    values: Mapping[Signal, np.ndarray]
+
+
+def plan_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Rows of one shard as batches of slots: longest first, each at most `batch_tokens` tokens when padded.
+
+    It follows from the arguments alone, so a shard computed again has the same batches and the same bytes. Longest
+    first: what does not fit into memory shows at once.
+
+    Args:
+        lengths: tokens per row, int [N].
+        batch_tokens: budget of rows times padded length; a single longer row is a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, batch_tokens // padded_length(int(lengths[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def padded_length(length: int) -> int:
+    """`length` rounded up to a multiple of 8.
+
+    >>> padded_length(17)
+    24
+    """
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+class Runner:
+    """A teacher on a device, giving exactly the signals asked for.
+
+    Hidden states are taken by hooks as the layers produce them, reduced or stripped of padding on the device, and
+    dropped: what a batch keeps in memory is what it returns.
+
+    Args:
+        model: in evaluation mode.
+        signals: what to give, with the dtype to give it in ("float32", "float16").
+        device: where to run.
+        pad_token_id: what fills up a row; masked, so its value does not matter.
+        max_tokens: the longest input that the model accepts; padding never exceeds it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        signals: Mapping[Signal, str],
+        *,
+        device: str = "cpu",
+        pad_token_id: int = 0,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+        self.num_halved = 0
+        self._signals = {signal: getattr(torch, dtype) for signal, dtype in signals.items()}
+        self._pad_token_id = pad_token_id
+        self._max_tokens = max_tokens
+        self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._layers = sorted({signal.layer for signal in signals if signal.layer is not None})
+        self._states: dict[Signal, Tensor] = {}
+        self._batch: _Batch | None = None
+        self._hooks = self._watch() if self._layers else []
+
+    def run(self, token_ids: Ragged, segment_ids: Ragged, batches: Sequence[np.ndarray]) -> Iterator[SignalBatch]:
+        """Yield each batch's signals; on a GPU the next batch is under way while one is handed out.
+
+        Args:
+            token_ids: ids per row.
+            segment_ids: segment of every token, same lengths; ignored by models without segments.
+            batches: slots (indices of rows) per batch, as `plan_batches` gives.
+
+        Raises:
+            RefusedError: one row alone does not fit into memory.
+        """
+        under_way: list[_Launched] = []
+        for slots in [*batches, None]:
+            launched = [] if slots is None else self._launch(token_ids, segment_ids, slots)
+            for done in under_way:
+                if done.overflows():
+                    # Once more as it is, so that whoever stores it can name the row and the value.
+                    done = self._forward(token_ids, segment_ids, done.slots, done.length, as_computed=True)
+                yield done.arrived()
+            under_way = launched
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # --- one batch -----------------------------------------------------------------------------------------------
+
+    def _launch(
+        self, token_ids: Ragged, segment_ids: Ragged, slots: np.ndarray, length: int | None = None
+    ) -> list[_Launched]:
+        """Start one batch, or several smaller ones when it does not fit into memory."""
+        try:
+            return [self._forward(token_ids, segment_ids, slots, length)]
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            longest = int(token_ids.lengths[slots].max())
+            if len(slots) == 1:
+                raise RefusedError(
+                    f"one row of {longest} tokens does not fit into the memory of {self.device}",
+                    details=[str(error).splitlines()[0][:200]],
+                    fix="use a device with more memory, or a store with a smaller --max-length",
+                ) from error
+        self._states.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.num_halved += 1
+        half = len(slots) // 2
+        # The padded length stays, so that halving changes a row's result as little as possible.
+        return [
+            *self._launch(token_ids, segment_ids, slots[:half], length or longest),
+            *self._launch(token_ids, segment_ids, slots[half:], length or longest),
+        ]
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        token_ids: Ragged,
+        segment_ids: Ragged,
+        slots: np.ndarray,
+        length: int | None,
+        *,
+        as_computed: bool = False,
+    ) -> _Launched:
+        lengths = token_ids.lengths[slots]
+        width = padded_length(length or int(lengths.max()))
+        if self._max_tokens is not None:
+            width = min(width, self._max_tokens)
+        inside_BT = np.arange(width) < lengths[:, None]
+        batch = self._batch = _Batch.of(inside_BT, self.device)
+        inputs = {
+            "input_ids": self._padded(token_ids, slots, inside_BT, self._pad_token_id),
+            "attention_mask": batch.mask_BT,
+        }
+        if self._takes_segments:
+            inputs["token_type_ids"] = self._padded(segment_ids, slots, inside_BT, 0)
+        self._states.clear()
+        output = self.model(**inputs, return_dict=True, output_hidden_states=bool(self._layers) and not self._hooks)
+        if self._layers and not self._hooks:
+            for layer in self._layers:
+                self._keep(layer, output.hidden_states[layer])
+        values, extremes = {}, []
+        for signal, dtype in self._signals.items():
+            value = output.logits if signal.layer is None else self._states[signal]
+            if as_computed:
+                dtype = torch.float32
+            elif dtype == torch.float16 and value.dtype != torch.float16:
+                extremes.append(torch.stack(torch.aminmax(value)).float())
+            values[signal] = self._to_host(value.to(dtype))
+        self._states.clear()
+        largest = self._to_host(torch.stack(extremes).abs()) if extremes else None
+        event: Any = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+        return _Launched(slots, length, values, largest, event)
+
+    def _padded(self, rows: Ragged, slots: np.ndarray, inside_BT: np.ndarray, fill: int) -> Tensor:
+        """Rows as int64 [B, T] on the device."""
+        padded_BT = torch.full(inside_BT.shape, fill, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        padded_BT.numpy()[inside_BT] = rows.take(slots).values
+        return padded_BT.to(self.device, non_blocking=True)
+
+    def _to_host(self, values: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return values.cpu()
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return host.copy_(values, non_blocking=True)
+
+    # --- hidden states -------------------------------------------------------------------------------------------
+
+    def _keep(self, layer: int, hidden_BTH: Tensor) -> None:
+        """Reduce one layer's hidden states to the signals asked of it, and forget them."""
+        assert self._batch is not None
+        for signal in self._signals:
+            if signal.layer == layer:
+                self._states[signal] = REDUCE[signal.name](hidden_BTH, self._batch)
+
+    def _watch(self) -> list[Any]:
+        """Hook the layers asked for; nothing when the model's layers cannot be told for certain.
+
+        Hidden state 0 is the input of the first layer, i the output of layer i. That is tried out on a few tokens
+        against the model's own `hidden_states`: some models normalise the last one after its layer, or share layers.
+        """
+        blocks = _layer_modules(self.model)
+        if blocks is None:
+            return []
+        config: Any = self.model.config
+        seen: dict[int, Tensor] = {}
+        trial = _hook_layers(blocks, range(len(blocks) + 1), lambda layer, hidden: seen.__setitem__(layer, hidden))
+        try:
+            with torch.inference_mode():
+                ids_BT = torch.arange(PAD_MULTIPLE, device=self.device)[None, :] % int(config.vocab_size)
+                mask_BT = torch.ones_like(ids_BT)
+                output = self.model(
+                    input_ids=ids_BT, attention_mask=mask_BT, return_dict=True, output_hidden_states=True
+                )
+        finally:
+            for hook in trial:
+                hook.remove()
+        expected = output.hidden_states
+        agree = len(expected) == len(blocks) + 1 and all(
+            layer in seen and torch.equal(seen[layer], hidden)
+            for layer, hidden in enumerate(expected)
+            if layer in self._layers
+        )
+        return _hook_layers(blocks, self._layers, self._keep) if agree else []
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch whose values are on their way to the host.
+
+    Attributes:
+        slots: which rows.
+        length: padded to, when it was not the longest row's.
+        values: per signal.
+        largest: magnitudes of the lowest and highest values of what became float16, [signals, 2].
+        event: on a GPU, what happens once they have arrived.
+    """
+
+    slots: np.ndarray
+    length: int | None
+    values: Mapping[Signal, Tensor]
+    largest: Tensor | None
+    event: Any
+
+    def overflows(self) -> bool:
+        """Whether a finite value became infinite in float16."""
+        if self.largest is None:
+            return False
+        self._wait()
+        largest = self.largest.numpy()
+        return bool((np.isfinite(largest) & (largest >= OVERFLOWS["float16"])).any())
+
+    def arrived(self) -> SignalBatch:
+        self._wait()
+        return SignalBatch(self.slots, {signal: tensor.numpy() for signal, tensor in self.values.items()})
+
+    def _wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the reductions need to know of a batch, on its device."""
+
+    mask_BT: Tensor
+    lengths_B: Tensor
+    token_index_K: Tensor | None
+
+    @classmethod
+    def of(cls, inside_BT: np.ndarray, device: torch.device) -> _Batch:
+        """From where the tokens are, bool [B, T]."""
+        index = None if inside_BT.all() else torch.from_numpy(np.flatnonzero(inside_BT))
+        return cls(
+            mask_BT=torch.from_numpy(inside_BT.astype(np.int64)).to(device, non_blocking=True),
+            lengths_B=torch.from_numpy(inside_BT.sum(axis=1)).to(device, non_blocking=True),
+            token_index_K=None if index is None else index.to(device, non_blocking=True),
+        )
+
+
+def first_token(hidden_BTH: Tensor, batch: _Batch) -> Tensor:
+    """Hidden state of each row's first token, [B, H]."""
+    return hidden_BTH[:, 0].clone()
+
+
+def mean_of_tokens(hidden_BTH: Tensor, batch: _Batch) -> Tensor:
+    """Mean over each row's tokens, special ones too and padding not, float32 [B, H]."""
+    weights_B1T = batch.mask_BT.to(torch.float32)[:, None, :]
+    return torch.bmm(weights_B1T, hidden_BTH.float())[:, 0] / batch.lengths_B[:, None]
+
+
+def every_token(hidden_BTH: Tensor, batch: _Batch) -> Tensor:
+    """Hidden states of all tokens without padding, row after row, [K, H]."""
+    flat = hidden_BTH.flatten(0, 1)
+    # A copy either way: a later layer may write into its input.
+    return flat.clone() if batch.token_index_K is None else flat.index_select(0, batch.token_index_K)
+
+
+REDUCE: dict[str, Callable[[Tensor, _Batch], Tensor]] = {
+    "hidden.cls": first_token,
+    "hidden.mean": mean_of_tokens,
+    "hidden.tok": every_token,
+}
+
+
+def _layer_modules(model: nn.Module) -> list[nn.Module] | None:
+    """The transformer layers in order: the one list of modules that is as long as the config says."""
+    num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    return list(found[0]) if found else None
+
+
+def _hook_layers(
+    blocks: Sequence[nn.Module], layers: Sequence[int], keep: Callable[[int, Tensor], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    def before_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            keep(layer, output if isinstance(output, Tensor) else output[0])
+
+        return hook
+
+    return [
+        blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+        if layer == 0
+        else blocks[layer - 1].register_forward_hook(after(layer))
+        for layer in layers
+    ]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

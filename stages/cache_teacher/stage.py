@@ -1,0 +1,588 @@
+"""The stage behind `kd cache-teacher`: corpus and teacher in, rows of a store and a view of them out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...pipeline.artifact import Artifact
+from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
+from ...pipeline.executor import ShardOutcome, check_execution, map_shards
+from ...pipeline.stage import Stage, StageContext, StageResult, option
+
+if TYPE_CHECKING:
+    from ...pipeline.store import ArraySpec, Signal, StoreIdentity, StoreLayout, TeacherStore
+    from ...pipeline.store.store import AllocationPreview
+    from ..corpus import Corpus
+    from .capture import CapturedShard
+    from .teacher import Teacher
+    from .tokenize import Encoded
+
+TEACHER, CORPUS, STORE, RUNNING = "Teacher", "Corpus", "Store", "Running"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacher(Stage):
+    """Runs the teacher over the rows that the store does not hold yet, and makes the view of the corpus."""
+
+    command: ClassVar[str] = "cache-teacher"
+    kind: ClassVar[str] = "view"
+    summary_line: ClassVar[str] = "Run a teacher over a corpus once, and keep what it says in a store."
+    on_interrupt: ClassVar[str] = "finished shards are kept; the same command goes on with the rest"
+
+    teacher: str = option(help="Teacher: a checkpoint folder or hub id.", panel=TEACHER, metavar="PATH|ID")
+    trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.", panel=TEACHER)
+    dtype: str = option(
+        "float32", help="Compute dtype.", panel=TEACHER, choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
+    )
+    max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
+    device: str | None = option(
+        None, help="Where the teacher runs; cuda where there is one.", identity=False, panel=TEACHER, metavar="DEVICE"
+    )
+
+    corpus: str | None = option(None, help="Corpus made by kd augment.", panel=CORPUS, metavar="CORPUS")
+    dataset: str | None = option(
+        None, help="Or a dataset: file, folder or hub id, with :split.", panel=CORPUS, metavar="D[:split]"
+    )
+    text_column: str | None = option(None, help="Column of the text.", panel=CORPUS, metavar="COLUMN")
+    text_pair_column: str | None = option(None, help="Column of the second text.", panel=CORPUS, metavar="COLUMN")
+    label_column: str | None = option(None, help="Column of the gold label.", panel=CORPUS, metavar="COLUMN")
+    task: str | None = option(
+        None,
+        help="What the labels are, where the column does not settle it.",
+        panel=CORPUS,
+        choices=("single-label", "multi-label", "regression"),
+        metavar="TASK",
+    )
+
+    store: str = option(help="Store to grow; made when it is not there.", panel=STORE, metavar="STORE")
+    signals: str = option(
+        "logits", help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6.", panel=STORE, metavar="LIST"
+    )
+    hidden_dtype: str | None = option(
+        None,
+        help="How hidden states are stored; float16, or as the store has them.",
+        panel=STORE,
+        choices=("float16", "float32"),
+        metavar="DTYPE",
+    )
+    sidecars: tuple[str, ...] = option(
+        ("embeddings",),
+        help="Teacher tensors to keep: embeddings, layers, head, or none.",
+        identity=False,
+        panel=STORE,
+        metavar="LIST",
+    )
+    max_bytes: str | None = option(
+        None, help="Refuse a plan larger than this, such as 10GB.", identity=False, panel=STORE, metavar="SIZE"
+    )
+    batch_tokens: int | None = option(
+        None, help="Padded tokens per batch, 8192; fixed in a new store.", identity=False, panel=STORE, metavar="N"
+    )
+    rows_per_shard: int | None = option(
+        None, help="Rows per shard, 4096; fixed in a new store.", identity=False, panel=STORE, metavar="N"
+    )
+    tokens_per_shard: int | None = option(
+        None, help="Tokens per shard, 131072; fixed in a new store.", identity=False, panel=STORE, metavar="N"
+    )
+
+    workers: int = option(1, help="Processes on this machine.", identity=False, panel=RUNNING, metavar="N")
+    cluster: str | None = option(
+        None,
+        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
+        identity=False,
+        panel=RUNNING,
+        metavar="CLUSTER",
+    )
+    dry_run: bool = option(False, help="Print the plan, and write nothing.", identity=False, panel=RUNNING)
+    output_dir: str = option(help="Where the view goes.", metavar="VIEW")
+
+    def __post_init__(self) -> None:
+        from .sidecars import parse_sidecars
+
+        if (self.corpus is None) == (self.dataset is None):
+            raise UsageError("give either --corpus or --dataset", fix="--corpus CORPUS, or --dataset D --text-column C")
+        if self.dataset is not None and self.text_column is None:
+            raise UsageError("--dataset needs --text-column", fix="name the column that holds the text")
+        if self.corpus is not None:
+            for name in ("text_column", "text_pair_column", "label_column", "task"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} goes with --dataset; a corpus knows its columns")
+        if self.max_length < 1:
+            raise UsageError(f"--max-length {self.max_length}: at least one token is needed")
+        check_execution(self.workers, self.cluster)
+        parse_sidecars(self.sidecars)
+        self._max_bytes()
+
+    # --- what it reads, checked from the cheapest to the dearest -------------------------------------------------
+
+    def inputs(self) -> dict[str, str]:
+        from ...pipeline.fingerprint import fingerprint
+        from .teacher import resolve_device
+
+        resolve_device(self.device)
+        signals = ",".join(str(signal) for signal in self._signals)
+        corpus = self._corpus.fingerprint
+        teacher = fingerprint(self._teacher.identity())
+        return {
+            "teacher": teacher,
+            "corpus" if self.corpus is not None else "dataset": corpus,
+            "signals": signals,
+            "store": self._identity_of_store.digest,
+        }
+
+    def outdated(self, artifact: Artifact) -> str | None:
+        """A finished view is made again when its store is gone, moved, or lacks what was asked for."""
+        from ...pipeline.store import open_view
+        from .sidecars import missing_sidecars, parse_sidecars
+
+        try:
+            view = open_view(artifact.path)
+            if view.store.files.root.resolve() != Path(self.store).expanduser().resolve():
+                return f"its store is {view.store.url}, not {self.store}"
+            view.check_coverage(self._signals)
+        except KdError as error:
+            return error.what
+        missing = missing_sidecars(view.store, parse_sidecars(self.sidecars))
+        return f"its store lacks the sidecars {', '.join(missing)}" if missing else None
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        from .teacher import describe_teacher
+
+        return describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _signals(self) -> tuple[Signal, ...]:
+        from ...pipeline.store import parse_signals
+
+        signals = parse_signals(self.signals, self._teacher.num_layers)
+        if not self._teacher.has_head and any(signal.name == "logits" for signal in signals):
+            raise RefusedError(
+                f"teacher {self.teacher} has no classification head, so it gives no logits",
+                details={"architectures": ", ".join(self._teacher.config.architectures or ["(none)"])},
+                fix="fine-tune it first (kd train-teacher --model ...), or ask for hidden states only",
+            )
+        return signals
+
+    @cached_property
+    def _corpus(self) -> Corpus:
+        """The corpus with its labels in the teacher's order."""
+        from ..corpus import DatasetSource, load_corpus, open_corpus
+
+        teacher = self._teacher
+        names = teacher.label_names if teacher.task != "regression" else ()
+        if self.corpus is not None:
+            corpus = open_corpus(self.corpus)
+        else:
+            assert self.dataset is not None and self.text_column is not None
+            source = DatasetSource(
+                dataset=self.dataset,
+                text_column=self.text_column,
+                text_pair_column=self.text_pair_column,
+                label_column=self.label_column,
+                task=self.task or teacher.task,
+            )
+            corpus = load_corpus(source, label_names=names or None)
+        return corpus.with_label_names(names, task=teacher.task) if teacher.has_head else corpus
+
+    @cached_property
+    def _max_tokens(self) -> int:
+        return min(self.max_length, self._teacher.max_tokens)
+
+    @cached_property
+    def _identity_of_store(self) -> StoreIdentity:
+        from ...pipeline.store import StoreIdentity
+        from .teacher import tokenizer_identity
+
+        teacher = self._teacher
+        return StoreIdentity(
+            teacher=teacher.identity(),
+            tokenizer=tokenizer_identity(teacher.tokenizer),
+            capture={
+                "max_length": self._max_tokens,
+                "dtype": self.dtype,
+                "attention": teacher.attention,
+                "label_names": teacher.label_names,
+                "problem_type": teacher.problem_type,
+            },
+        )
+
+    def _max_bytes(self) -> int | None:
+        from ...pipeline.store import parse_bytes
+
+        return None if self.max_bytes is None else parse_bytes(self.max_bytes)
+
+    # --- the work ------------------------------------------------------------------------------------------------
+
+    def run(self, context: StageContext) -> StageResult:
+        plan = self._plan(context)
+        if self.dry_run:
+            return self._dry_run(plan, context)
+        plan.require_room()
+        try:
+            return self._capture(plan, context)
+        finally:
+            from .capture import forget_teachers
+
+            forget_teachers()
+            self._teacher.unload()
+
+    def _plan(self, context: StageContext) -> Plan:
+        """Tokenise and look up: what is there, what is to be computed, what it costs. Writes nothing."""
+        from ...pipeline.store import open_store
+        from ...pipeline.store.layout import STORE_FILE
+        from .sidecars import missing_sidecars, parse_sidecars
+
+        progress = context.progress
+        teacher, corpus = self._teacher, self._corpus
+        if corpus.counts.get("labels_matched_by") == "number":
+            progress.warn(
+                f"labels of {corpus.info.label_column!r} were matched to the teacher's by number, not by name"
+            )
+        if self._max_tokens < self.max_length:
+            progress.warn(f"--max-length {self.max_length}: the teacher takes {self._max_tokens} tokens at most")
+        store = None
+        if (Path(self.store).expanduser() / STORE_FILE).exists():
+            store = open_store(self.store, expect=self._identity_of_store)
+        layout = self._layout(store, progress.warn)
+        encoded = self._encode(context)
+        preview = _preview(store, layout, encoded)
+        specs = self._specs(store)
+        missing = {} if store is None else store.missing(specs, preview.shards)
+        sidecars = parse_sidecars(self.sidecars)
+        return Plan(
+            url=self.store,
+            store=store,
+            layout=layout,
+            encoded=encoded,
+            preview=preview,
+            specs=specs,
+            missing=missing,
+            missing_sizes=[] if store is None else store.shard_sizes(missing),
+            sidecars=sidecars if store is None else missing_sidecars(store, sidecars),
+            teacher=teacher,
+            max_bytes=self._max_bytes(),
+        )
+
+    def _layout(self, store: TeacherStore | None, warn: Any) -> StoreLayout:
+        from ...pipeline.store import StoreLayout
+
+        asked = {
+            name: getattr(self, name)
+            for name in ("batch_tokens", "rows_per_shard", "tokens_per_shard")
+            if getattr(self, name) is not None
+        }
+        if store is None:
+            layout = StoreLayout.for_vocabulary(self._teacher.vocab_size, **asked)
+            if layout.tokens_per_shard < self._max_tokens:
+                raise UsageError(
+                    f"--tokens-per-shard {layout.tokens_per_shard} does not hold a row of {self._max_tokens} tokens",
+                    fix=f"give at least {self._max_tokens}",
+                )
+            return layout
+        for name, value in asked.items():
+            fixed = getattr(store.layout, name)
+            if value != fixed:
+                warn(f"--{name.replace('_', '-')} {value} is ignored: store {self.store} was made with {fixed}")
+        return store.layout
+
+    def _encode(self, context: StageContext) -> Encoded:
+        from .tokenize import encode_rows
+
+        texts_a, texts_b = self._corpus.texts()
+        task = context.progress.task("tokenising", total=len(texts_a), unit="rows")
+        encoded = encode_rows(self._teacher.tokenizer, texts_a, texts_b, self._max_tokens, advance=task.advance)
+        task.done()
+        highest = int(encoded.token_ids.values.max(initial=0))
+        if highest >= self._teacher.vocab_size:
+            raise RefusedError(
+                f"teacher {self.teacher}: its tokenizer gives token id {highest}, "
+                f"its model has {self._teacher.vocab_size} embeddings",
+                fix="put the tokenizer that the model was trained with into the folder",
+            )
+        return encoded
+
+    def _specs(self, store: TeacherStore | None) -> tuple[ArraySpec, ...]:
+        """How each signal is stored: as the store has it, else as asked, else by default."""
+        from ...pipeline.store import array_spec
+
+        declared = {} if store is None else store.declared()
+        specs = []
+        for signal in self._signals:
+            is_hidden = signal.layer is not None
+            size = self._teacher.hidden_size if is_hidden else self._teacher.num_labels
+            there = declared.get(signal.path)
+            asked = self.hidden_dtype if is_hidden else None
+            if there is not None and asked not in (None, there.dtype):
+                raise RefusedError(
+                    f"store {self.store} holds {signal} as {there.dtype}, --hidden-dtype asks for {asked}",
+                    fix="leave --hidden-dtype out, or give another --store",
+                )
+            specs.append(array_spec(signal, size, dtype=asked if there is None else there.dtype))
+        return tuple(specs)
+
+    def _capture(self, plan: Plan, context: StageContext) -> StageResult:
+        from ...pipeline.store import create_or_open, write_view
+        from .capture import CaptureJob, keep_teacher
+        from .sidecars import put_files, put_sidecars
+        from .teacher import resolve_device
+
+        progress, teacher = context.progress, self._teacher
+        store = create_or_open(self.store, self._identity_of_store, plan.layout if plan.store is None else None)
+        allocation = store.allocate(plan.encoded.token_ids, plan.encoded.segment_ids)
+        store.declare(plan.specs)
+        put_files(store, teacher)
+        missing = store.missing(plan.specs, allocation.shards)
+        sizes = store.shard_sizes(missing)
+        rows_to_compute = sum(rows for rows, _ in sizes)
+        progress.info(
+            f"{len(self._corpus)} rows: {allocation.num_new} new to the store, {allocation.num_known} known, "
+            f"{allocation.num_duplicates} duplicates",
+            rows=len(self._corpus),
+            rows_new=allocation.num_new,
+        )
+
+        job = CaptureJob(
+            store=store,
+            teacher=str(teacher.folder) if Path(self.teacher).expanduser().is_dir() else self.teacher,
+            trust_remote_code=self.trust_remote_code,
+            tensors=teacher.tensor_digest,
+            dtype=self.dtype,
+            device=resolve_device(self.device),
+            specs=plan.specs,
+        )
+        if plan.sidecars:
+            put_sidecars(store, teacher.load("auto"), plan.sidecars)
+        if missing and self._in_this_process:
+            keep_teacher(job, teacher)
+        else:
+            teacher.unload()
+
+        started = time.perf_counter()
+        if missing:
+            progress.estimate(
+                f"capturing {rows_to_compute} rows in {len(missing)} shards, {plan.bytes_text}",
+                rows=rows_to_compute,
+                shards=len(missing),
+                bytes=sum(plan.bytes_of.values()),
+            )
+            outcomes = self._map(job, sorted(missing), rows_to_compute, store, context)
+        else:
+            progress.info("the store holds everything that was asked for; the teacher does not run", rows_computed=0)
+            outcomes = []
+        seconds = time.perf_counter() - started
+
+        records = [outcome.record for outcome in outcomes if outcome.record is not None]
+        rows_computed = sum(record.rows for record in records)
+        if halved := sum(record.num_halved for record in records):
+            progress.warn(f"{halved} batches did not fit into memory and were run in halves")
+        summary = {
+            "rows": len(self._corpus),
+            "rows_new": allocation.num_new,
+            "rows_known": allocation.num_known,
+            "duplicates": allocation.num_duplicates,
+            "truncated_rows": int(plan.encoded.truncated.sum()),
+            "rows_computed": rows_computed,
+            "shards_computed": sum(record.rows > 0 for record in records),
+            "bytes_written": sum(record.bytes for record in records),
+            "capture_seconds": round(seconds, 3),
+            "rows_per_s": round(rows_computed / seconds, 1) if rows_computed else 0.0,
+            "store_digest": store.digest(),
+        }
+        failed = [outcome for outcome in outcomes if outcome.failure is not None]
+        if failed:
+            return StageResult(summary | {"shards_failed": [o.shard for o in failed]}, failure=_incomplete(failed))
+        content = write_view(
+            self.output_dir,
+            self._corpus.table,
+            allocation.rows,
+            store,
+            plan.specs,
+            corpus={
+                "info": self._corpus.info.to_json(),
+                "fingerprint": self._corpus.fingerprint,
+                "counts": dict(self._corpus.counts),
+            },
+        )
+        return StageResult(summary=summary, content=content)
+
+    @property
+    def _in_this_process(self) -> bool:
+        return self.cluster == "none" or (self.workers == 1 and self.cluster is None)
+
+    def _map(
+        self, job: Any, shards: Sequence[int], rows: int, store: TeacherStore, context: StageContext
+    ) -> list[ShardOutcome[CapturedShard]]:
+        from .capture import worker_environments
+
+        task = context.progress.task("capturing", total=rows, unit="rows")
+        outcomes = []
+        for outcome in map_shards(
+            job,
+            shards,
+            name=f"{store.digest()[:16]}-capture",
+            workers=self.workers,
+            cluster=self.cluster,
+            worker_env=() if self._in_this_process else worker_environments(job.device),
+            on_advance=task.advance,
+        ):
+            outcomes.append(outcome)
+            if outcome.failure is not None:
+                context.progress.warn(f"shard {outcome.shard} was set aside: {outcome.failure}", shard=outcome.shard)
+        task.done()
+        return outcomes
+
+    # --- dry run -------------------------------------------------------------------------------------------------
+
+    def _dry_run(self, plan: Plan, context: StageContext) -> StageResult:
+        from ...pipeline.store.plan import free_bytes
+        from .capture import measure_rate
+        from .teacher import resolve_device
+
+        tokens_per_s = None
+        if plan.shards_to_compute:
+            context.progress.info("timing one batch on the teacher")
+            tokens_per_s = measure_rate(self._teacher, plan, dtype=self.dtype, device=resolve_device(self.device))
+        seconds = 0.0 if tokens_per_s is None else plan.tokens_to_compute / tokens_per_s
+        summary: dict[str, Any] = {
+            "rows": len(self._corpus),
+            "rows_new": plan.preview.num_new,
+            "rows_known": plan.preview.num_known,
+            "duplicates": len(self._corpus) - plan.preview.num_new - plan.preview.num_known,
+            "truncated_rows": int(plan.encoded.truncated.sum()),
+            "rows_to_compute": plan.rows_to_compute,
+            "tokens_to_compute": plan.tokens_to_compute,
+            "shards_to_compute": plan.shards_to_compute,
+            "bytes_by_signal": plan.bytes_of,
+            "bytes_total": sum(plan.bytes_of.values()),
+            "free_bytes": free_bytes(Path(self.store).expanduser()),
+            "estimated_seconds": round(seconds, 1),
+            "estimated_rows_per_s": round(plan.rows_to_compute / seconds, 1) if seconds else None,
+            "dry_run": True,
+        }
+        failure: KdError | None = None
+        try:
+            plan.require_room()
+        except RefusedError as error:
+            failure = error
+        return StageResult(summary=summary, finished=False, failure=failure)
+
+    def report(self, summary: Mapping[str, Any]) -> str | None:
+        """The plan of a dry run as a table; a capture's figures in the common form."""
+        if not summary.get("dry_run"):
+            return None
+        from ...pipeline.store import format_bytes
+
+        bytes_of = summary["bytes_by_signal"]
+        width = max(map(len, (*bytes_of, "in all, of")), default=0)
+        lines = [
+            f"cache-teacher --dry-run: nothing was written (store {self.store})",
+            f"  rows     {summary['rows']}: {summary['rows_new']} new, {summary['rows_known']} known, "
+            f"{summary['duplicates']} duplicates, {summary['truncated_rows']} cut at {self._max_tokens} tokens",
+            f"  compute  {summary['rows_to_compute']} rows, {summary['tokens_to_compute']} tokens "
+            f"in {summary['shards_to_compute']} shards",
+            f"  time     about {summary['estimated_seconds']} s"
+            + (f" ({summary['estimated_rows_per_s']} rows/s)" if summary["estimated_rows_per_s"] else ""),
+            "  bytes",
+            *(f"    {name:<{width}}  {format_bytes(size):>8}" for name, size in bytes_of.items()),
+            f"    {'in all':<{width}}  {format_bytes(summary['bytes_total']):>8}  "
+            f"({format_bytes(summary['free_bytes'])} free)",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a capture will do, known before anything is written.
+
+    Attributes:
+        url: of the store.
+        store: None when it is to be made.
+        layout: the store's own, or the one it will get.
+        encoded: the corpus as the teacher reads it.
+        preview: which rows are new, and the shards they will take.
+        specs: the signals asked for.
+        missing: shards that are there and hold a row of the corpus → signals they lack.
+        missing_sizes: (rows, tokens) of those shards.
+        sidecars: to be added.
+        teacher: whose tensors the sidecars hold.
+        max_bytes: the budget; None is the free disk.
+    """
+
+    url: str
+    store: TeacherStore | None
+    layout: StoreLayout
+    encoded: Encoded
+    preview: AllocationPreview
+    specs: tuple[ArraySpec, ...]
+    missing: Mapping[int, tuple[ArraySpec, ...]]
+    missing_sizes: Sequence[tuple[int, int]]
+    sidecars: tuple[str, ...]
+    teacher: Teacher
+    max_bytes: int | None
+
+    @property
+    def shards_to_compute(self) -> int:
+        return len(self.preview.sizes) + len(self.missing_sizes)
+
+    @property
+    def rows_to_compute(self) -> int:
+        return sum(rows for rows, _ in [*self.preview.sizes, *self.missing_sizes])
+
+    @property
+    def tokens_to_compute(self) -> int:
+        return sum(tokens for _, tokens in [*self.preview.sizes, *self.missing_sizes])
+
+    @cached_property
+    def bytes_of(self) -> dict[str, int]:
+        """Bytes that will be written, by signal, sidecar and index; exact but for the index."""
+        from ...pipeline.store import plan_bytes
+        from ...pipeline.store.plan import INDEX_BYTES_PER_ROW
+        from .sidecars import sidecar_bytes
+
+        sizes = plan_bytes(self.layout, (*self.layout.input_specs, *self.specs), self.preview.sizes)
+        for specs, size in zip(self.missing.values(), self.missing_sizes, strict=True):
+            for name, size_bytes in plan_bytes(self.layout, specs, [size]).items():
+                sizes[name] += size_bytes
+        sizes["index"] = INDEX_BYTES_PER_ROW * self.preview.num_new
+        if self.sidecars:
+            sizes |= {f"sidecar {name}": size for name, size in sidecar_bytes(self.teacher, self.sidecars).items()}
+        return sizes
+
+    @property
+    def bytes_text(self) -> str:
+        from ...pipeline.store import format_bytes
+
+        return format_bytes(sum(self.bytes_of.values()))
+
+    def require_room(self) -> None:
+        """RefusedError when it is larger than the budget or the free disk."""
+        from ...pipeline.store import require_room
+
+        require_room(self.bytes_of, url=Path(self.url).expanduser(), max_bytes=self.max_bytes)
+
+
+def _preview(store: TeacherStore | None, layout: StoreLayout, encoded: Encoded) -> AllocationPreview:
+    if store is not None:
+        return store.preview(encoded.token_ids, encoded.segment_ids)
+    from ...pipeline.store import plan_shards, row_keys
+    from ...pipeline.store.keys import first_occurrences
+    from ...pipeline.store.store import AllocationPreview
+
+    first, _ = first_occurrences(row_keys(encoded.token_ids, encoded.segment_ids))
+    planned = tuple(plan_shards(encoded.token_ids.lengths[first], layout))
+    return AllocationPreview(num_new=len(first), num_known=0, planned=planned, shards=())
+
+
+def _incomplete(failed: Sequence[ShardOutcome[Any]]) -> IncompleteError:
+    return IncompleteError(
+        f"{len(failed)} shards failed; all others are done and kept",
+        details=[f"shard {outcome.shard}: {outcome.failure}" for outcome in failed[:20]]
+        + ([f"... and {len(failed) - 20} more"] if len(failed) > 20 else []),
+        fix="run the same command again: it computes only what is missing (with --workers 1 to see the error itself)",
+    )

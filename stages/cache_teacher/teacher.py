@@ -1,0 +1,563 @@
+"""The teacher: what it is (identity), whether it may be used (refusals), and loading it.
+
+Everything that can be known without weights comes from `describe_teacher`, so that bad input is refused before a
+model loads. The digest of the tensors needs the weights once; afterwards it is looked up by the stat of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...pipeline.artifact import atomic_write_bytes
+from ...pipeline.errors import RefusedError, UsageError, near_match
+from ...pipeline.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TASK_OF_PROBLEM = {
+    "single_label_classification": "single-label",
+    "multi_label_classification": "multi-label",
+    "regression": "regression",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+TOKENIZER_FILES = {
+    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
+    *("sentencepiece.bpe.model", "spm.model", "bpe.codes", "tiktoken.model"),
+}
+# Position ids of these models start at padding index + 1, which takes that many positions away.
+OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
+    *("mpnet", "longformer", "ibert", "xmod", "luke", "esm"),
+}
+# Fields of a config that an evaluated model does not read, or that the identity holds elsewhere.
+WITHOUT_BEHAVIOUR = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"),
+    *("id2label", "label2id", "num_labels", "problem_type", "model_type", "tokenizer_class", "finetuning_task"),
+    *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"),
+    *("initializer_range", "initializer_factor", "torchscript", "task_specific_params", "quantization_config"),
+}
+# Buffers that old checkpoints carry and today's classes compute.
+COMPUTED_BUFFERS = {"position_ids", "token_type_ids", "inv_freq"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher folder, known without its weights.
+
+    Attributes:
+        source: path or hub id as the user gave it.
+        folder: where its files are.
+        config: its transformers config.
+        tokenizer: its tokenizer.
+        has_head: whether it is a sequence classifier (gives logits) or a bare encoder (hidden states only).
+        trust_remote_code: whether code from the checkpoint may run.
+    """
+
+    source: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    has_head: bool
+    trust_remote_code: bool
+    _kept: list[nn.Module] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer layers; hidden states are numbered 0 (embedding output) to this."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table: token ids are below it."""
+        return int(self.config.vocab_size)
+
+    @property
+    def num_labels(self) -> int:
+        """Columns of the logits."""
+        return int(self.config.num_labels) if self.has_head else 0
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the logits' columns, in their order; empty for a bare encoder."""
+        if not self.has_head:
+            return ()
+        names = {int(index): str(name) for index, name in self.config.id2label.items()}
+        if sorted(names) != list(range(self.num_labels)):
+            raise RefusedError(
+                f"teacher {self.source}: id2label does not name the labels 0 to {self.num_labels - 1}",
+                details={"id2label": names},
+                fix="correct id2label and label2id in its config.json",
+            )
+        return tuple(names[index] for index in range(self.num_labels))
+
+    @property
+    def names_are_generic(self) -> bool:
+        """Whether the label names are transformers' placeholders (LABEL_0, LABEL_1, ...)."""
+        return self.label_names == tuple(f"LABEL_{index}" for index in range(self.num_labels))
+
+    @property
+    def problem_type(self) -> str | None:
+        """transformers' name of the task; None for a bare encoder."""
+        if not self.has_head:
+            return None
+        declared = self.config.problem_type
+        return declared or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+    @property
+    def task(self) -> str | None:
+        """ "single-label", "multi-label" or "regression"; None for a bare encoder."""
+        problem = self.problem_type
+        return None if problem is None else TASK_OF_PROBLEM[problem]
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input it accepts, in tokens."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        limits = [int(self.tokenizer.model_max_length)]
+        if isinstance(positions, int) and positions > 0:
+            offset = (self.config.pad_token_id or 0) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
+            limits.append(positions - offset)
+        return min(limits)
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class that loads it, or None when its class comes with the checkpoint."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+
+        mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if self.has_head else MODEL_MAPPING
+        with suppress(KeyError):
+            return mapping[type(self.config)]
+        return None
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation it runs with: "sdpa" where its class has it, else "eager"."""
+        return "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
+
+    @cached_property
+    def tensor_digest(self) -> str:
+        """SHA-256 of its tensors (see `tensor_digest`), looked up when its files were digested before.
+
+        Raises:
+            RefusedError: as `load`.
+        """
+        before = _DigestFile(self)
+        digest = before.read()
+        if digest is None:
+            digest = tensor_digest(self.load("auto"))
+            after = _DigestFile(self)
+            # Weights that changed under the digest are not remembered; those of the hub arrive while they load.
+            if after.key == before.key or not before.has_weights:
+                after.write(digest)
+        return digest
+
+    def identity(self) -> dict[str, Any]:
+        """What the store keeps as the teacher's identity: tensors, class and the config fields that matter."""
+        return {
+            "model_type": self.config.model_type,
+            "head": "sequence-classification" if self.has_head else "none",
+            "tensors": self.tensor_digest,
+            "config": behaviour_config(self.config),
+            **({"code": _code_digest(self.folder)} if self.trust_remote_code else {}),
+        }
+
+    def load(self, dtype: str = "auto") -> nn.Module:
+        """The model in evaluation mode on the CPU.
+
+        A model in the checkpoint's own dtype is kept until `unload`, for whoever asks next.
+
+        Args:
+            dtype: compute dtype, or "auto" for the checkpoint's own.
+
+        Raises:
+            RefusedError: tensors are missing, of another shape, or left over inside the model; unreadable files.
+        """
+        if self._kept and dtype in ("auto", str(self._kept[0].dtype).removeprefix("torch.")):
+            return self._kept[0]
+        model = _load(self, dtype)
+        if dtype == "auto":
+            self._kept[:] = [model]
+        return model
+
+    def unload(self) -> None:
+        """Let go of the model that `load` keeps."""
+        self._kept.clear()
+
+
+def describe_teacher(source: str, *, trust_remote_code: bool = False) -> Teacher:
+    """Read a teacher's config and tokenizer; no weights are read.
+
+    Raises:
+        RefusedError: nothing there, no weights, no tokenizer, an adapter without its base, an encoder-decoder, or
+            code from the checkpoint without `trust_remote_code`.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = Path(source).expanduser()
+    is_local = path.is_dir()
+    if is_local:
+        _check_files(source, path)
+        _check_remote_code(source, path, trust_remote_code)
+    elif path.is_file():
+        raise RefusedError(f"teacher {source} is a file; a teacher is a folder", fix=f"give {path.parent}")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise RefusedError(f"teacher {source} does not exist", fix="give a folder that `from_pretrained` opens")
+
+    where = str(path) if is_local else source
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(source, is_local, error) from error
+    if not is_local:
+        folder = _hub_folder(source)
+        _check_remote_code(source, folder, trust_remote_code)
+    else:
+        folder = path.resolve()
+    if getattr(config, "is_encoder_decoder", False):
+        raise RefusedError(
+            f"teacher {source} is an encoder-decoder ({config.model_type}); kd captures encoders",
+            fix="use an encoder checkpoint, such as bert, roberta, deberta or modernbert",
+        )
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, name, None), int):
+            raise RefusedError(f"teacher {source} ({config.model_type}) is no text encoder: its config has no {name}")
+    if len(tokenizer) > config.vocab_size:
+        raise RefusedError(
+            f"teacher {source}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings",
+            fix="put the tokenizer that the model was trained with into the folder",
+        )
+    architectures = config.architectures or []
+    has_head = any(name.endswith("ForSequenceClassification") for name in architectures)
+    problem = getattr(config, "problem_type", None)
+    if has_head and problem is not None and problem not in TASK_OF_PROBLEM:
+        raise RefusedError(f"teacher {source}: unknown problem_type {problem!r}{near_match(problem, TASK_OF_PROBLEM)}")
+    return Teacher(source, folder, config, tokenizer, has_head, trust_remote_code)
+
+
+def resolve_device(name: str | None) -> str:
+    """The device to run on: "cuda" where there is one unless a name is given.
+
+    Raises:
+        UsageError: no such kind of device.
+        RefusedError: this machine does not have it.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        kind = name.split(":")[0]
+        raise UsageError(f"unknown device {name!r}{near_match(kind, ('cpu', 'cuda', 'mps', 'xpu'))}") from None
+    if device.type == "cpu":
+        return "cpu"
+    backend: Any = getattr(torch, device.type, None)
+    available = hasattr(backend, "is_available") and backend.is_available()
+    count = backend.device_count() if available else 0
+    if not available or (device.index or 0) >= count:
+        raise RefusedError(
+            f"device {name!r} is not available here",
+            details={f"{device.type} devices": count},
+            fix="give --device cpu, or leave --device out",
+        )
+    return name
+
+
+def tensor_digest(model: nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter and saved buffer, in order of name.
+
+    Tied tensors count once. File names, sharding and file format do not enter; dtype does, so digest a model in
+    the dtype of its checkpoint.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = model.state_dict()
+    tensors = parameters | {name: tensor for name, tensor in saved.items() if name not in every_parameter}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(header).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def behaviour_config(config: Any) -> dict[str, Any]:
+    """The fields of a config that change what an evaluated model computes, where they differ from the defaults.
+
+    Leaving defaults out keeps the identity equal when a later transformers adds a field.
+    """
+    defaults = type(config)().to_dict()
+    fields = json.loads(config.to_json_string(use_diff=False))
+    plain_defaults = json.loads(json.dumps(defaults, default=str))
+    return {
+        name: value
+        for name, value in sorted(fields.items())
+        if name not in WITHOUT_BEHAVIOUR
+        and "dropout" not in name
+        and not name.startswith("_")
+        and (name not in plain_defaults or plain_defaults[name] != value)
+    }
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """What the store keeps as the tokenizer's identity: its behaviour, not its files.
+
+    Truncation and padding are set at every call, so what the files say about them does not count.
+    """
+    identity: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "segments": "token_type_ids" in tokenizer.model_input_names,
+        "truncation_side": tokenizer.truncation_side,
+    }
+    if getattr(tokenizer, "is_fast", False):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("version", "truncation", "padding", "decoder"):
+            backend.pop(name, None)
+        merges = backend.get("model", {}).get("merges")
+        if merges:  # older files hold "a b", newer ones ["a", "b"]
+            backend["model"]["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        return identity | {"behaviour": fingerprint(backend)}
+    probes = ["Straße naïve ＡＢＣ 北京 don't 3.14", "x\tY\nz  ...", "UPPER lower #tag @name http://a.b/c?d=e"]
+    seen = [tokenizer(probe)["input_ids"] for probe in probes]
+    return identity | {"behaviour": fingerprint([sorted(tokenizer.get_vocab().items()), seen])}
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def _load(teacher: Teacher, dtype: str) -> nn.Module:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification if teacher.has_head else AutoModel
+    try:
+        with _quiet():
+            model, info = auto.from_pretrained(
+                str(teacher.folder) if Path(teacher.source).expanduser().is_dir() else teacher.source,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=teacher.attention,
+                trust_remote_code=teacher.trust_remote_code,
+                # Reported below with the other differences instead of as a bare RuntimeError.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(teacher.source, True, error) from error
+    if not teacher.has_head:
+        info = _without_pooler(model, info)
+    _check_loaded(teacher, model, info)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
+
+
+def _without_pooler(model: nn.Module, info: Mapping[str, Any]) -> dict[str, Any]:
+    """A bare encoder may lack a pooler: nothing captured reads it, so it is dropped instead of left at random."""
+    missing = {name for name in info["missing_keys"] if not name.startswith("pooler.")}
+    if len(missing) < len(info["missing_keys"]):
+        model.pooler = None  # type: ignore[assignment]
+    return {**info, "missing_keys": missing}
+
+
+def _check_loaded(teacher: Teacher, model: nn.Module, info: Mapping[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise RefusedError(
+            f"teacher {teacher.source} lacks {len(missing)} tensors of {type(model).__name__}, which would be random",
+            details=_some(missing),
+            fix="fine-tune it first (kd train-teacher --model ...), or give the folder that training wrote",
+        )
+    mismatched = sorted(
+        f"{name}: {tuple(there)} in the checkpoint, {tuple(wanted)} by config.json"
+        for name, there, wanted in info["mismatched_keys"]
+    )
+    if mismatched:
+        raise RefusedError(
+            f"teacher {teacher.source}: {len(mismatched)} tensors have another shape than config.json says",
+            details=_some(mismatched),
+            fix="restore the config.json that belongs to these weights",
+        )
+    left_over = sorted(name for name in info["unexpected_keys"] if _belongs_inside(name, model))
+    if left_over:
+        raise RefusedError(
+            f"teacher {teacher.source}: {len(left_over)} tensors of the checkpoint have no place in the "
+            f"{type(model).__name__} that config.json describes",
+            details=_some(left_over),
+            fix="restore the config.json that belongs to these weights, or merge the adapter into the model",
+        )
+
+
+def _belongs_inside(name: str, model: nn.Module) -> bool:
+    """Whether an unused tensor of the checkpoint is part of this model (and not, say, of a pretraining head)."""
+    parts = name.split(".")
+    if parts[-1] in COMPUTED_BUFFERS:
+        return False
+    if any("lora_" in part or "adapter" in part for part in parts):
+        return True
+    base = getattr(model, "base_model", model)
+    children = {child for child, _ in base.named_children()} | {child for child, _ in model.named_children()}
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and parts[0] == prefix and len(parts) > 1:
+        parts = parts[1:]
+    return parts[0] in children
+
+
+def _some(lines: Sequence[str], limit: int = 8) -> list[str]:
+    return [*lines[:limit], *([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])]
+
+
+def _check_files(source: str, folder: Path) -> None:
+    names = {entry.name for entry in folder.iterdir()}
+    if "config.json" not in names:
+        fix = "give the folder that training wrote"
+        if "adapter_config.json" in names:
+            fix = "merge the adapter into its base model first (peft: merge_and_unload, save_pretrained)"
+        raise RefusedError(f"teacher {source} has no config.json", details=_some(sorted(names)), fix=fix)
+    if "adapter_config.json" in names:
+        raise RefusedError(
+            f"teacher {source} holds an adapter beside a model; kd takes merged weights",
+            fix="merge the adapter into its base model first (peft: merge_and_unload, save_pretrained)",
+        )
+    if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
+        raise RefusedError(
+            f"teacher {source} holds no weights (*.safetensors or *.bin)",
+            details=_some(sorted(names)),
+            fix="give the folder that training wrote",
+        )
+    # Without its files transformers makes an empty tokenizer and says nothing.
+    if not names & TOKENIZER_FILES:
+        raise RefusedError(
+            f"teacher {source} holds no tokenizer files",
+            details=_some(sorted(names)),
+            fix="save the tokenizer into the folder: tokenizer.save_pretrained(...)",
+        )
+
+
+def _check_remote_code(source: str, folder: Path, trusted: bool) -> None:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # AutoConfig says it better
+    if trusted or not raw.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise RefusedError(
+            f"teacher {source} needs Python code that comes with the checkpoint",
+            details={"auto_map": raw["auto_map"]},
+            fix="read that code; when you trust it, add --trust-remote-code",
+        )
+
+
+def _hub_folder(source: str) -> Path:
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(source, "config.json")
+    assert found is not None
+    return Path(found).parent
+
+
+def _unreadable(source: str, is_local: bool, error: Exception) -> RefusedError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not is_local and isinstance(error, OSError):
+        return RefusedError(
+            f"teacher {source} is no folder here, and the hub does not give it",
+            details=[first_line[:300]],
+            fix="give a folder, or download it first where the hub can be reached",
+        )
+    return RefusedError(f"teacher {source} cannot be read", details=[first_line[:300]])
+
+
+def _code_digest(folder: Path) -> str:
+    """Digest of the Python files that come with a checkpoint."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what matters in them becomes an error of ours."""
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# --- digests already known ---------------------------------------------------------------------------------------
+
+
+class _DigestFile:
+    """The tensor digest of a teacher's files as they are now, kept in the user's cache folder.
+
+    Its name is a hash of the path, size, inode and times of every weight and JSON file. A cache that cannot be read
+    or written is one that is not there.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        files = [file for file in sorted(teacher.folder.iterdir()) if file.name.endswith((*WEIGHT_SUFFIXES, ".json"))]
+        stats = [(str(file.resolve()), file.stat()) for file in files]
+        self.has_weights = any(file.name.endswith(WEIGHT_SUFFIXES) for file in files)
+        self.key = fingerprint(
+            {
+                "format": 1,
+                "files": [[path, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats],
+                "head": teacher.has_head,
+                # A later version may load the same file under other names.
+                "transformers": version("transformers"),
+            }
+        )
+        self._file = user_cache_folder() / "teacher-digests" / f"{self.key}.json"
+
+    def read(self) -> str | None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            digest = json.loads(self._file.read_text())["sha256"]
+            if isinstance(digest, str) and len(digest) == 64:
+                return digest
+        return None
+
+    def write(self, digest: str) -> None:
+        with suppress(OSError):
+            atomic_write_bytes(self._file, json.dumps({"sha256": digest}).encode())
+
+
+def user_cache_folder() -> Path:
+    """`$KD_CACHE_HOME`, else `kd` in the user's cache folder."""
+    if home := os.environ.get("KD_CACHE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd"
