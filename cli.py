@@ -8,14 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from .pipeline.artifact import json_ready
 from .pipeline.config import StageField, build_stage, parse_values, read_config, stage_fields
 from .pipeline.errors import KdError, UsageError, near_match
-from .pipeline.progress import duration, json_ready, mute_libraries, open_progress, size
+from .pipeline.progress import duration, mute_libraries, open_progress, size
 from .pipeline.stage import Outcome, Stage, StageContext, execute
 from .stages import COMMANDS, stage_class
 
@@ -52,16 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, verbose = _asked(words, "--json"), _asked(words, "--verbose")
     try:
         code = typer.main.get_command(app()).main(args=words or ["--help"], prog_name="kd", standalone_mode=False)
-        sys.stdout.flush()
         return int(code or 0) if words else 2
     except KdError as error:
         return _fail(error.to_json(), error.exit_code, as_json)
     except typer.TyperException as error:
         return _fail(_parser_error(error).to_json(), UsageError.exit_code, as_json)
-    except BrokenPipeError:
-        # Whoever read stdout has gone (`kd methods | head`): nothing is left to say, nor to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except Exception as error:
         if verbose or os.environ.get("KD_TRACEBACK"):
             import traceback
@@ -109,7 +105,15 @@ def _fail(error: Mapping[str, Any], code: int, as_json: bool, **result: Any) -> 
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(json_ready(value), ensure_ascii=False, allow_nan=False), flush=True)
+    _print(json.dumps(json_ready(value), ensure_ascii=False, allow_nan=False))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever read stdout has gone (`kd methods | head`): nothing is left to say, nor to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class _Commands(TyperGroup):
@@ -210,12 +214,12 @@ def _parameter(field: StageField) -> inspect.Parameter:
     # Nothing is required and nothing has a default here, so that a configuration file may give it.
     if field.positional:
         default = typer.Argument(None, **shown)
-        return _keyword(field.name, default, Optional[list[str]] if field.many else Optional[str])
+        return _keyword(field.name, default, (list[str] | None) if field.many else (str | None))
     if field.base is bool and not field.many:
         shown["metavar"] = ""
-        return _keyword(field.name, typer.Option(None, f"{field.flag}/--no-{field.flag[2:]}", **shown), Optional[bool])
+        return _keyword(field.name, typer.Option(None, f"{field.flag}/--no-{field.flag[2:]}", **shown), bool | None)
     return _keyword(
-        field.name, typer.Option(None, field.flag, **shown), Optional[list[str]] if field.many else Optional[str]
+        field.name, typer.Option(None, field.flag, **shown), (list[str] | None) if field.many else (str | None)
     )
 
 
@@ -223,7 +227,7 @@ def _common_parameter(name: str, metavar: str, help: str, env: str | None) -> in
     flag = "--" + name.replace("_", "-")
     shown = {"help": help, "rich_help_panel": COMMON, "show_default": False, "envvar": env, "show_envvar": False}
     if metavar:
-        return _keyword(name, typer.Option(None, flag, metavar=metavar, **shown), Optional[str])
+        return _keyword(name, typer.Option(None, flag, metavar=metavar, **shown), str | None)
     return _keyword(name, typer.Option(False, flag, metavar="", **shown), bool)
 
 
@@ -288,9 +292,8 @@ def _print_config(stage: type[Stage], values: Mapping[str, Any], *, as_json: boo
     if as_json:
         _print_json(resolved)
         return
-    missing = [f"# {field.name}:  (required) {field.help}\n" for field in fields if field.required]
-    missing = [line for line, field in zip(missing, [f for f in fields if f.required], strict=True) if field.name not in values]
-    print(f"# kd {stage.command}\n" + "".join(missing) + to_yaml(resolved), end="")
+    missing = [f"# {f.name}:  (required) {f.help}\n" for f in fields if f.required and f.name not in values]
+    _print(f"# kd {stage.command}\n" + "".join(missing) + to_yaml(resolved).rstrip("\n"))
 
 
 @contextlib.contextmanager
@@ -324,7 +327,7 @@ def _print_outcome(stage: Stage, outcome: Outcome, *, as_json: bool) -> int:
     if as_json:
         _print_json(result)
         return 0
-    print(stage.report(outcome.summary) or _summary_text(stage, outcome), flush=True)
+    _print(stage.report(outcome.summary) or _summary_text(stage, outcome))
     if outcome.failure is not None:
         return _fail(outcome.failure.to_json(), outcome.failure.exit_code, as_json)
     return 0

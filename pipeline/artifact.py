@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -72,6 +73,19 @@ def write_manifest(path: Path | str, manifest: Mapping[str, Any]) -> None:
     """Finish the directory `path`: write its manifest by rename, as the last file."""
     text = json.dumps({"format": MANIFEST_FORMAT, **manifest}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write_bytes(Path(path) / MANIFEST, text.encode())
+
+
+def json_ready(value: Any) -> Any:
+    """`value` in what JSON has: numpy scalars as numbers, tuples as lists, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_ready(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def read_manifest(path: Path | str) -> dict[str, Any] | None:

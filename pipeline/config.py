@@ -269,7 +269,9 @@ def command_line(stage: Stage, *extra: str) -> list[str]:
         elif field.many:
             commas = [item for item in value if "," in str(item)]
             if commas:
-                raise UsageError(f"{stage.command}: {field.flag} {commas[0]!r} contains a comma, which parts its entries")
+                raise UsageError(
+                    f"{stage.command}: {field.flag} {commas[0]!r} contains a comma, which parts its entries"
+                )
             words += [field.flag, ",".join(map(str, value))] if value else [f"{field.flag}="]
         elif field.base is bool:
             words.append(field.flag if value else "--no-" + field.flag[2:])

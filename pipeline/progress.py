@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
-import math
 import os
 import sys
 import threading
@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .artifact import json_ready
 from .stage import NullProgress, Progress, ProgressTask
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ class JsonProgress(ClosingProgress):
         """Write one event; one call is one line, whichever thread it comes from."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"event": event, "time": now, **json_ready(fields)}, ensure_ascii=False)
-        with self._lock:
+        # Nobody listening any more (a closed pipe, a full disk) must not cost the work that is reported.
+        with self._lock, contextlib.suppress(OSError):
             self._stream.write(line + "\n")
             self._stream.flush()
 
@@ -272,7 +274,10 @@ class _BarTask:
         return "  ".join([*parts, *self._shown_fields()])
 
     def _shown_fields(self) -> list[str]:
-        return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self._fields.items()]
+        return [
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self._fields.items()
+        ]
 
 
 def duration(seconds: float) -> str:
@@ -310,19 +315,6 @@ def _count(amount: float) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def json_ready(value: Any) -> Any:
-    """`value` in what JSON has: numpy scalars as numbers, tuples as lists, NaN and infinity as null."""
-    if isinstance(value, dict | collections.abc.Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [json_ready(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def mute_libraries() -> None:

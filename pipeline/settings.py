@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -35,15 +36,19 @@ class Settings(dict[Any, Any]):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: `no`, `on` and `12:30` are texts, 1e-3 is a number, a key stands once."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), [*"-+0123456789"])
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     [*"-+0123456789."],
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
@@ -130,10 +135,24 @@ def to_yaml(settings: dict[str, Any]) -> str:
     return "".join(f"{key}: {_scalar(value)}\n" for key, value in settings.items())
 
 
+# What YAML forbids in a text, and what it takes for the end of a line.
+_TO_ESCAPE = re.compile(
+    "[^\\x20-\\x7e\\xa0-\\u2027\\u202a-\\ud7ff\\ue000-\\ufefe\\uff00-\\ufffd\\U00010000-\\U0010ffff]"
+)
+
+
 def _scalar(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_quoted, value))}]"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z0-9_./][\w ./:@+=,()-]*[\w./@+=)]|[A-Za-z0-9_/]", value)
-        if plain and ": " not in value and " #" not in value and isinstance(parse_yaml(value, ""), str):
+        plain = re.fullmatch(r"[A-Za-z0-9_./][\w ./:@+=,()-]*[\w./@+=)]|[A-Za-z0-9_/]", value, re.ASCII)
+        if plain and ": " not in value and isinstance(parse_yaml(value, ""), str):
             return value
-    # JSON is YAML: lists and doubtful texts are written that way.
-    return json.dumps(value, ensure_ascii=False)
+    return _quoted(value)
+
+
+def _quoted(value: Any) -> str:
+    # JSON is YAML, but for infinities and the characters above.
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
+    return _TO_ESCAPE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))

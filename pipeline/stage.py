@@ -19,7 +19,7 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from .artifact import MANIFEST, Artifact, open_artifact, read_manifest, write_manifest
+from .artifact import MANIFEST, Artifact, json_ready, open_artifact, read_manifest, write_manifest
 from .errors import KdError, RefusedError
 from .fingerprint import differing_fields, fingerprint
 
@@ -199,6 +199,10 @@ class Stage:
         """
         return {}
 
+    def outdated(self, artifact: Artifact) -> str | None:
+        """Why a finished artifact of these very settings must be made again, as when what it points to is gone."""
+        return None
+
     def run(self, context: StageContext) -> StageResult:
         """Do the work into `output_dir`; called only when it is needed."""
         raise RefusedError(f"stage {self.command!r} has no work of its own")
@@ -230,6 +234,8 @@ def pending(stage: Stage) -> tuple[str, tuple[str, ...]]:
     found = read_manifest(folder)
     if found is not None:
         changed = _differences(found, identity, fingerprint(identity))
+        if not changed and (reason := stage.outdated(Artifact(folder, found))) is not None:
+            changed = (reason,)
         return ("changed", changed) if changed else ("done", ())
     kept = read_manifest(_aside(folder))
     if kept is not None and kept["fingerprint"] == fingerprint(identity):
@@ -270,14 +276,17 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
     found = read_manifest(folder)
     if found is None and not context.overwrite:
         found = _restore(folder, wanted)
+    outdated: str | None = None
     if found is not None and found["fingerprint"] == wanted and not context.overwrite:
-        context.progress.info(f"{stage.command}: {folder} is already done; nothing to do", skipped=True)
-        return Outcome(skipped=True, summary=found.get("summary", {}), artifact=Artifact(folder, found))
+        outdated = stage.outdated(Artifact(folder, found))
+        if outdated is None:
+            context.progress.info(f"{stage.command}: {folder} is already done; nothing to do", skipped=True)
+            return Outcome(skipped=True, summary=found.get("summary", {}), artifact=Artifact(folder, found))
 
     changed: tuple[str, ...] = ()
     if found is not None:
-        changed = _differences(found, identity, wanted)
-        if changed and not (context.overwrite or context.overwrite_changed):
+        changed = (outdated,) if outdated is not None else _differences(found, identity, wanted)
+        if changed and outdated is None and not (context.overwrite or context.overwrite_changed):
             raise RefusedError(
                 f"{folder} holds a {found['kind']} made with other settings",
                 details=changed,
@@ -298,7 +307,8 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
             return Outcome(
                 skipped=False, summary=result.summary, artifact=None, changed=changed, failure=result.failure
             )
-        summary = {"seconds": round(time.perf_counter() - started, 3), **result.summary}
+        # A measure that came out as NaN must not cost the work that it measures.
+        summary = json_ready({"seconds": round(time.perf_counter() - started, 3), **result.summary})
         write_manifest(
             folder,
             {
@@ -310,7 +320,7 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
                 "config": stage.config(),
                 "inputs": inputs,
                 "summary": summary,
-                "content": dict(result.content),
+                "content": json_ready(result.content),
             },
         )
     if read_manifest(_aside(folder)) is not None:

@@ -70,7 +70,8 @@ def stage_function(command: str) -> Callable[..., Outcome]:
     run.__name__ = run.__qualname__ = command.replace("-", "_").replace(" ", "_")
     run.__doc__ = (
         f"{stage.summary_line}\n\nWhat `kd {command}` does, with its options as keyword arguments. Returns the "
-        "`Outcome`: `skipped`, `summary` and the `artifact` with its path.\n\nRaises:\n    KdError: see `pipeline/errors.py`."
+        "`Outcome`: `skipped`, `summary` and the `artifact` with its path.\n\n"
+        "Raises:\n    KdError: see `pipeline/errors.py`."
     )
     own = [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
     run.__signature__ = inspect.Signature([*inspect.signature(stage).parameters.values(), *own])  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.pipeline.artifact import atomic_write_bytes
+from kd.pipeline.artifact import atomic_write_bytes, json_ready
 
 LOOP = """
 import sys
@@ -42,3 +43,10 @@ def test_a_failed_write_leaves_no_temporary_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         atomic_write_bytes(tmp_path / "file", "text")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_every_kind_become_json() -> None:
+    import numpy as np
+
+    value = json_ready({"a": np.float32(0.5), "b": np.int64(3), "c": (1, float("nan")), 4: np.array(2.0), "d": {"e"}})
+    assert json.loads(json.dumps(value, allow_nan=False)) == {"a": 0.5, "b": 3, "c": [1, None], "4": 2.0, "d": ["e"]}

@@ -94,7 +94,7 @@ def test_an_input_is_known_by_its_fingerprint_not_its_path(tmp_path: Path) -> No
 def test_a_failed_stage_leaves_no_manifest_and_can_run_again(tmp_path: Path) -> None:
     with pytest.raises(RefusedError):
         execute(Count(output_dir=str(tmp_path / "a"), limit=-1))
-    with pytest.raises(RefusedError, match="does not exist|has not finished"):
+    with pytest.raises(RefusedError, match=r"does not exist|has not finished"):
         open_artifact(tmp_path / "a")
     assert not execute(Count(output_dir=str(tmp_path / "a"))).skipped
 
@@ -210,3 +210,14 @@ def test_a_result_with_a_failure_keeps_its_summary_and_gets_no_manifest(tmp_path
     assert (outcome.summary["limit"], str(outcome.failure)) == (50, "half of it")
     with pytest.raises(RefusedError, match="has not finished"):
         open_artifact(tmp_path / "a")
+
+
+def test_a_summary_with_nan_does_not_cost_the_artifact(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Odd(Count):
+        def run(self, context: StageContext) -> StageResult:
+            return StageResult(summary={"pearson": float("nan")}, content={"scores": (float("inf"), 1.0)})
+
+    first = execute(Odd(output_dir=str(tmp_path / "a")))
+    assert first.artifact is not None and first.artifact.content == {"scores": [None, 1.0]}
+    assert execute(Odd(output_dir=str(tmp_path / "a"))).summary == first.summary
