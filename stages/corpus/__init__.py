@@ -1,6 +1,6 @@
 """Corpora: labelled or unlabelled text in one schema, read from any usual source, written where `datasets` opens it.
 
-`DatasetSource` is light and may be imported by stage definitions; the rest needs pyarrow and is imported when asked for.
+`DatasetSource` is light and may be imported by stage definitions; the rest needs pyarrow and is imported on demand.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import RefusedError, near_match
-from ...pipeline.fingerprint import canonical_json
+from ...pipeline.fingerprint import canonical_json, differing_fields
 from .files import RawTable, read_raw
 from .labels import Labels, match_labels, read_indicator_columns, read_labels
-from .schema import NO_LABEL, CorpusInfo, example_ids, label_field, schema
+from .schema import NO_LABEL, CorpusInfo, example_id, example_ids, label_field, schema
 from .source import DatasetSource
 
 DATA_FOLDER = "data"
@@ -49,11 +51,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """32 hex: hash of the rows (texts, labels, origin) and what they mean; the order of the rows does not count."""
-        columns = [self.table[name].to_pylist() for name in _IDENTITY_COLUMNS]
-        columns.append(self.table[label_field(self.info.task)].to_pylist())
-        digests = sorted(blake2b(repr(row).encode(), digest_size=16).digest() for row in zip(*columns, strict=True))
-        meaning = {"task": self.info.task, "label_names": self.info.label_names, "is_pair": self.info.is_pair}
-        return blake2b(canonical_json(meaning) + b"".join(digests), digest_size=16).hexdigest()
+        return combined_digest([row_digests(self.table, self.info)], self.info)
 
     def texts(self) -> tuple[list[str], list[str] | None]:
         """The texts in row order; the second list is None for single texts."""
@@ -113,6 +111,19 @@ class Corpus:
         matched, how = match_labels(labels, names, where=f"column {self.info.label_column!r}")
         corpus = _with_labels(self, matched)
         return corpus.replaced(counts={**corpus.counts, "labels_matched_by": how})
+
+
+def row_digests(table: pa.Table, info: CorpusInfo) -> np.ndarray:
+    """S16 [N]: a hash per row of its texts, label and origin."""
+    columns = [table[name].to_pylist() for name in (*_IDENTITY_COLUMNS, label_field(info.task))]
+    return np.array([xxhash.xxh3_128_digest(repr(row).encode()) for row in zip(*columns, strict=True)], dtype="S16")
+
+
+def combined_digest(digests: Sequence[np.ndarray], info: CorpusInfo) -> str:
+    """32 hex: a hash of rows, given their `row_digests` in any order, and of what they mean."""
+    meaning = {"task": info.task, "label_names": info.label_names, "is_pair": info.is_pair}
+    rows = np.sort(np.concatenate([*digests, np.empty(0, dtype="S16")]))
+    return blake2b(canonical_json(meaning) + rows.tobytes(), digest_size=16).hexdigest()
 
 
 def _with_labels(corpus: Corpus, labels: Labels) -> Corpus:
@@ -252,6 +263,52 @@ def build_corpus(
     return Corpus(pa.Table.from_arrays(arrays, schema=wanted), info, counts)
 
 
+def join_unlabelled(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
+    """The corpus followed by the texts of others, without their labels.
+
+    A text that is there already, in the corpus or an earlier one of the others, is left out: it would add nothing but
+    weight. Counts `transfer_rows` joined and `transfer_known` left out.
+    """
+    if not others:
+        return corpus
+    known = set(corpus.table["example_id"].to_pylist())
+    tables, num_read = [corpus.table], 0
+    first_split = corpus.table["split"][0].as_py()
+    for other in others:
+        if other.info.is_pair != corpus.info.is_pair:
+            raise RefusedError(
+                "transfer text must have as many texts per row as the dataset", fix="give --transfer-text-pair-column"
+            )
+        num_read += len(other)
+        texts_a, texts_b = other.texts()
+        new = []
+        for row, text_a in enumerate(texts_a):
+            identity = example_id(text_a, None if texts_b is None else texts_b[row])
+            if identity not in known:
+                known.add(identity)
+                new.append(row)
+        joined = build_corpus(
+            [texts_a[row] for row in new],
+            None if texts_b is None else [texts_b[row] for row in new],
+            Labels(corpus.info.task, [None] * len(new), corpus.info.label_names),
+            splits=[first_split] * len(new),
+            source=other.table["source"][0].as_py(),
+            info=corpus.info,
+            counts={},
+        )
+        tables.append(joined.table)
+    table = pa.concat_tables(tables).unify_dictionaries()
+    num_joined = len(table) - len(corpus)
+    counts = {
+        **corpus.counts,
+        "rows": len(table),
+        "unlabelled": corpus.counts["unlabelled"] + num_joined,
+        "transfer_rows": num_joined,
+        "transfer_known": num_read - num_joined,
+    }
+    return corpus.replaced(table=table, counts=counts)
+
+
 def _conflicts(texts_a: list[str], texts_b: list[str] | None, labels: Labels) -> int:
     """Labelled rows whose texts also occur with another gold label."""
     groups: dict[tuple[str, str], Counter[str]] = {}
@@ -321,35 +378,50 @@ def _text(table: pa.Table, column: str, where: str) -> list[str | None]:
 # On disk ---------------------------------------------------------------------------------------------------------
 
 
-def write_corpus(corpus: Corpus, path: Path | str) -> None:
-    """Write `data/<split>-00000-of-0000N.parquet` and `README.md`, so that `datasets.load_dataset(path)` opens it.
+def write_corpus(corpus: Corpus, path: Path | str) -> dict[str, Any]:
+    """Write a corpus so that `datasets.load_dataset(path)` opens it; see `write_tables`."""
+    return write_tables([corpus.table], path, info=corpus.info, counts=corpus.counts, num_rows=_rows_per_split(corpus))
 
-    The manifest, without which `open_corpus` does not take it, is written by the stage (`corpus_content`).
+
+def write_tables(
+    tables: Iterable[pa.Table],
+    path: Path | str,
+    *,
+    info: CorpusInfo,
+    num_rows: Mapping[str, int],
+    counts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write tables one after the other as one corpus, and return what its manifest must hold as `content`.
+
+    Writes `data/<split>-00000-of-0000N.parquet` and `README.md`, the layout that `datasets.load_dataset(path)` opens.
+    Without its manifest, which the stage writes last, `open_corpus` does not take the folder.
+
+    Args:
+        tables: rows in the schema of `schema(info.task)`; one is held at a time.
+        path: the folder.
+        info: what the rows mean.
+        num_rows: how many rows of each split the tables will have.
+        counts: how rows were treated.
     """
     folder = Path(path)
     data = folder / DATA_FOLDER
     data.mkdir(parents=True, exist_ok=True)
     for old in data.glob("*.parquet"):
         old.unlink()
-    splits = corpus.table["split"]
-    names = [name for name in dict.fromkeys(splits.to_pylist())]
-    for name in names:
-        rows = corpus.table if len(names) == 1 else corpus.table.filter(pc.equal(splits, name))
-        num_files = max(1, -(-rows.num_rows // ROWS_PER_FILE))
-        for index in range(num_files):
-            file = data / f"{name}-{index:05d}-of-{num_files:05d}.parquet"
-            part = rows.slice(index * ROWS_PER_FILE, ROWS_PER_FILE)
-            pq.write_table(part, file, compression="zstd", row_group_size=min(ROWS_PER_FILE, 100_000))
-    (folder / "README.md").write_text(_card(corpus, names), encoding="utf-8")
-
-
-def corpus_content(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus adds to its manifest, and `open_corpus` reads."""
+    digests = []
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(_SplitWriter(data, split, rows)) for split, rows in num_rows.items()}
+        for table in tables:
+            digests.append(row_digests(table, info))
+            for split, writer in writers.items():
+                writer.write(table if len(writers) == 1 else table.filter(pc.equal(table["split"], split)))
+    (folder / "README.md").write_text(_card(info, num_rows), encoding="utf-8")
     return {
-        "info": corpus.info.to_json(),
-        "corpus_fingerprint": corpus.fingerprint,
-        "num_rows": len(corpus),
-        "counts": corpus.counts,
+        "info": info.to_json(),
+        "corpus_fingerprint": combined_digest(digests, info),
+        "num_rows": sum(num_rows.values()),
+        "files": [_file_record(folder, file) for file in sorted(data.glob("*.parquet"))],
+        "counts": dict(counts),
     }
 
 
@@ -357,27 +429,86 @@ def open_corpus(path: Path | str) -> Corpus:
     """The corpus in an artifact folder.
 
     Raises:
-        RefusedError: not a finished corpus, or rows are missing.
+        RefusedError: not a finished corpus, or its files are not those that were written.
     """
     artifact = open_artifact(path, kind="corpus")
     content = artifact.content
-    files = sorted((artifact.path / DATA_FOLDER).glob("*.parquet"))
+    for record in content["files"]:
+        file = artifact.path / record["file"]
+        found = _file_record(artifact.path, file) if file.is_file() else None
+        if found != record:
+            raise RefusedError(
+                f"{file} is {'missing' if found is None else 'not the file that was written'}",
+                details=[] if found is None else differing_fields(record, found),
+                fix="make the corpus again: kd augment ... --overwrite",
+            )
     info = CorpusInfo.from_json(content["info"])
-    tables = [pq.read_table(file, schema=schema(info.task)) for file in files]
+    tables = [pq.read_table(artifact.path / record["file"], schema=schema(info.task)) for record in content["files"]]
     table = pa.concat_tables(tables) if tables else schema(info.task).empty_table()
-    if table.num_rows != content["num_rows"]:
-        raise RefusedError(
-            f"corpus {path} holds {table.num_rows} rows, and its manifest says {content['num_rows']}",
-            fix="make it again: kd augment --overwrite",
-        )
-    return Corpus(table.unify_dictionaries(), info, dict(content.get("counts", {})))
+    corpus = Corpus(table.unify_dictionaries(), info, dict(content["counts"]))
+    # The files are those of the manifest, so its digest of the rows is theirs.
+    corpus.__dict__["fingerprint"] = content["corpus_fingerprint"]
+    return corpus
 
 
-def _card(corpus: Corpus, splits: list[str]) -> str:
-    files = "\n".join(f"  - split: {name}\n    path: {DATA_FOLDER}/{name}-*.parquet" for name in splits)
-    names = ", ".join(corpus.info.label_names) or "none"
+class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
+    """Writes the rows of one split into files of `ROWS_PER_FILE`, named with their number in all."""
+
+    def __init__(self, data: Path, split: str, num_rows: int) -> None:
+        self._data = data
+        self._split = split
+        self._num_files = max(1, -(-num_rows // ROWS_PER_FILE))
+        self._expected = num_rows
+        self._written = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        while table.num_rows:
+            place = self._written % ROWS_PER_FILE
+            if place == 0:
+                self._close()
+                name = f"{self._split}-{self._written // ROWS_PER_FILE:05d}-of-{self._num_files:05d}.parquet"
+                self._writer = pq.ParquetWriter(self._data / name, table.schema, compression="zstd")
+            part = table.slice(0, ROWS_PER_FILE - place)
+            assert self._writer is not None
+            self._writer.write_table(part, row_group_size=100_000)
+            self._written += part.num_rows
+            table = table.slice(part.num_rows)
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close()
+        assert kind is not None or self._written == self._expected, (self._split, self._written, self._expected)
+
+
+def _rows_per_split(corpus: Corpus) -> dict[str, int]:
+    counts = Counter(corpus.table["split"].to_pylist())
+    return {name: counts[name] for name in dict.fromkeys(corpus.table["split"].to_pylist())}
+
+
+def _file_record(folder: Path, file: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {
+        "file": file.relative_to(folder).as_posix(),
+        "bytes": file.stat().st_size,
+        "xxh3_128": digest.hexdigest(),
+    }
+
+
+def _card(info: CorpusInfo, num_rows: Mapping[str, int]) -> str:
+    files = "\n".join(f"  - split: {name}\n    path: {DATA_FOLDER}/{name}-*.parquet" for name in num_rows)
+    rows = ", ".join(f"{number} {name}" for name, number in num_rows.items())
+    names = ", ".join(info.label_names) or "none"
     return (
-        "---\nconfigs:\n- config_name: default\n  data_files:\n"
-        f"{files}\n---\n# Corpus\n\nMade by `kd`. {len(corpus)} rows; task {corpus.info.task}; classes in order: {names}."
-        "\n\nEvery row has an `example_id`; variants name the example they were made from in `parent_id`.\n"
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n# Corpus\n\n"
+        f"Made by `kd`. Rows: {rows}. Task: {info.task}. Classes, in order: {names}.\n\n"
+        "Every row has an `example_id`. Variants name the example they were made from in `parent_id` and carry no "
+        "gold label.\n"
     )

@@ -89,10 +89,30 @@ def read_raw(dataset: str, split: str | None, choose: Chooser, *, split_default:
     return RawTable(_concatenate(tables, dataset), runs, class_names, path.name if path.exists() else dataset)
 
 
-def split_names(dataset: str) -> list[str]:
-    """The splits of a local dataset folder, found by its file names; [] for files and hub ids."""
+def evaluation_splits(dataset: str, split: str | None) -> list[str]:
+    """The validation and test splits beside a split, as `D:split` or files: what training text must not repeat.
+
+    Of a folder or hub id its splits, of a file such as `train.csv` the files beside it; none where `split` is itself
+    one of them, or the hub does not answer.
+    """
     path = Path(dataset).expanduser()
-    return sorted(_splits_on_disk(path)) if path.is_dir() else []
+    if path.is_file():
+        own, names = path.stem, [*_splits_on_disk(path.parent)] if _canonical(path.stem) else []
+        found = [(name, str(file)) for name in names for file in _splits_on_disk(path.parent)[name]]
+    elif path.is_dir():
+        own = split or _only_split(path) or "train"
+        found = [(name, f"{dataset}:{name}") for name in _splits_on_disk(path)]
+    else:
+        own = split or "train"
+        found = [(name, f"{dataset}:{name}") for name in _splits_on_hub(dataset)]
+    if any(_is_evaluation(part.name) for part in parse_split(own)):
+        return []
+    return sorted(place for name, place in found if _is_evaluation(name))
+
+
+def _is_evaluation(name: str) -> bool:
+    """Whether a split is for evaluation, by its name: `validation`, `dev`, `test_matched`."""
+    return _canonical(re.split(r"[-_.]", name)[0]) in ("validation", "test")
 
 
 # Where things are ------------------------------------------------------------------------------------------------
@@ -300,6 +320,8 @@ def _read_json(path: Path, choose: Chooser) -> _Part:
         values = [row.get(name) for _, row in numbered]
         try:
             columns[name] = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise RefusedError(f"column {name!r} of {path} holds text that is not Unicode: {error.reason}") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             kinds = {type(value).__name__: number for (number, _), value in zip(numbered, values, strict=True)}
             found = ", ".join(f"{kind} ({place} {number})" for kind, number in kinds.items() if kind != "NoneType")
@@ -393,11 +415,9 @@ def _read_with_datasets(dataset: str, split: str, choose: Chooser) -> _Part:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    owner_name, configuration = dataset, None
-    if not Path(dataset).exists() and dataset.count("/") == 2:
-        owner_name, configuration = dataset.rsplit("/", 1)
+    name, configuration = _name_and_configuration(dataset)
     try:
-        loaded = datasets.load_dataset(owner_name, configuration, split=split)
+        loaded = datasets.load_dataset(name, configuration, split=split)
     except DatasetNotFoundError:
         raise RefusedError(f"dataset {dataset!r} is neither a local path nor on the hub") from None
     except (ConnectionError, OSError) as error:
@@ -410,6 +430,21 @@ def _read_with_datasets(dataset: str, split: str, choose: Chooser) -> _Part:
     chosen = list(choose(loaded.column_names))
     classes = _classes_in_features(loaded.features.to_dict())
     return _Part(loaded.select_columns(chosen).with_format("arrow")[:], classes)
+
+
+def _splits_on_hub(dataset: str) -> list[str]:
+    import datasets
+
+    name, configuration = _name_and_configuration(dataset)
+    try:
+        return list(datasets.get_dataset_split_names(name, configuration))
+    except (ConnectionError, OSError, ValueError):
+        return []
+
+
+def _name_and_configuration(dataset: str) -> tuple[str, str | None]:
+    owner, _, configuration = dataset.rpartition("/")
+    return (owner, configuration) if dataset.count("/") == 2 and not Path(dataset).exists() else (dataset, None)
 
 
 def _classes_in_schema(schema: pa.Schema) -> dict[str, tuple[str, ...]]:

@@ -186,7 +186,7 @@ def _class_labels(
         for row, value in enumerate(values):
             if value is not None and not 0 <= value < len(class_names):
                 raise RefusedError(
-                    f"label column {name!r} holds {value} in row {row}, and its feature names {len(class_names)} classes"
+                    f"label column {name!r} holds {value} in row {row}; its feature names {len(class_names)} classes"
                 )
         return Labels("single-label", values, class_names)
     if sibling is not None and (by_number := _names_beside(values, sibling)) is not None:

@@ -96,12 +96,18 @@ def normalised(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def example_ids(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> tuple[list[bytes], list[int]]:
-    """`(ids, dup_index)`: 16 bytes per example, and how many equal examples came before it.
+def example_id(text_a: str, text_b: str | None = None, duplicate: int = 0) -> bytes:
+    """16 bytes that name an example: BLAKE2b-128 of a tag, its NFC texts and how many equal examples came before it.
 
-    The id is BLAKE2b-128 over a tag, the NFC texts (with the length of the first, so that no two pairs write the same
-    bytes) and the dup_index. Labels are no part of it: the same text has the same id in every task and every file, so
-    a choice made by id (which labels are kept, say) is the same in every command.
+    The length of the first text is part of it, so that no two pairs write the same bytes. Labels are not: the same
+    text has the same id in every task, file and command, so a choice made by id (which labels are kept, say) is the
+    same everywhere.
+    """
+    return _named(_identity(text_a, text_b), duplicate)
+
+
+def example_ids(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> tuple[list[bytes], list[int]]:
+    """`(ids, dup_index)` of rows in order: the `example_id` of each, and how many equal rows came before it.
 
     >>> ids, duplicates = example_ids(["a film", "a book", "a film"])
     >>> len(set(ids)), duplicates
@@ -110,11 +116,19 @@ def example_ids(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) ->
     seen: dict[bytes, int] = {}
     ids, duplicates = [], []
     for i, text in enumerate(texts_a):
-        first = normalised(text).encode()
-        second = b"" if texts_b is None else b"\x1f" + normalised(texts_b[i]).encode()
-        content = b"kd-example-1\x1f%d\x1f%s%s\x1f" % (len(first), first, second)
-        duplicate = seen.get(content, 0)
-        seen[content] = duplicate + 1
+        identity = _identity(text, None if texts_b is None else texts_b[i])
+        duplicate = seen.get(identity, 0)
+        seen[identity] = duplicate + 1
         duplicates.append(duplicate)
-        ids.append(blake2b(content + b"%d" % duplicate, digest_size=EXAMPLE_ID_BYTES).digest())
+        ids.append(_named(identity, duplicate))
     return ids, duplicates
+
+
+def _identity(text_a: str, text_b: str | None) -> bytes:
+    first = normalised(text_a).encode()
+    second = b"" if text_b is None else b"\x1f" + normalised(text_b).encode()
+    return b"kd-example-1\x1f%d\x1f%s%s\x1f" % (len(first), first, second)
+
+
+def _named(identity: bytes, duplicate: int) -> bytes:
+    return blake2b(identity + b"%d" % duplicate, digest_size=EXAMPLE_ID_BYTES).digest()

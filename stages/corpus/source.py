@@ -81,10 +81,7 @@ class SplitPart:
         def position(text: str | None, default: int) -> int:
             if text is None:
                 return default
-            if text.endswith("%"):
-                value = round(int(text[:-1]) * num_rows / 100)
-            else:
-                value = int(text)
+            value = round(int(text[:-1]) * num_rows / 100) if text.endswith("%") else int(text)
             return min(max(value + num_rows if value < 0 else value, 0), num_rows)
 
         start = position(self.start, 0)
