@@ -10,14 +10,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.artifact import atomic_write_bytes
 from ..pipeline.errors import RefusedError, UsageError
-from ..pipeline.fingerprint import differing_fields, fingerprint
 from ..pipeline.stage import Progress, Stage, option
 
 if TYPE_CHECKING:
@@ -205,30 +202,13 @@ def _flag(name: str) -> str:
 
 
 def resumable_checkpoint(stage: TrainingOptions, output_dir: Path | str) -> Path | None:
-    """The newest complete checkpoint that this very configuration left in `output_dir`, or None.
+    """Where training starts: the checkpoint that was asked for, else the newest complete one left in `output_dir`.
 
-    The first call marks `output_dir/checkpoints` as belonging to the configuration, so an interrupted run is never
-    continued by another one.
-
-    Raises:
-        RefusedError: the checkpoints there were made with other settings or inputs.
+    None starts afresh. What lies in `output_dir` is of this very configuration: `execute` sees to that.
     """
-    folder = Path(output_dir) / CHECKPOINTS
-    identity = {"stage": stage.command, "config": stage.identity_config(), "inputs": stage.inputs()}
-    owner = folder / "identity.json"
-    if owner.exists():
-        found = json.loads(owner.read_bytes())
-        if fingerprint(found) != fingerprint(identity):
-            raise RefusedError(
-                f"{output_dir} holds an interrupted run with other settings",
-                details=differing_fields(found, identity),
-                fix="delete that folder, or give another --output-dir",
-            )
-    else:
-        atomic_write_bytes(owner, json.dumps(identity, indent=2).encode())
     if stage.resume_from_checkpoint is not None:
         return Path(stage.resume_from_checkpoint)
-    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
+    complete = [path for path in (Path(output_dir) / CHECKPOINTS).glob("checkpoint-*") if _is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -253,15 +233,13 @@ def _progress_callback(progress: Progress, name: str) -> TrainerCallback:
     class ProgressCallback(TrainerCallback):
         task: Any = None
         reported = 0
-        started = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                self.task = progress.task(name, total=state.max_steps, unit="steps")
-                self.reported, self.started = state.global_step, time.perf_counter()
+                self.reported = state.global_step
                 if state.global_step:
                     progress.info(f"{name}: resumed at step {state.global_step} of {state.max_steps}")
-                    self.task.advance(state.global_step)
+                self.task = progress.task(name, total=state.max_steps, unit="steps", initial=state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.task is not None:

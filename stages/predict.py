@@ -1,0 +1,270 @@
+"""Predictions of a finished model: a teacher folder, a run, or any sequence classifier that transformers opens.
+
+Dimension key: N examples, C classes (1 for regression).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..pipeline.artifact import read_manifest
+from ..pipeline.errors import RefusedError, near_match
+from ..pipeline.stage import NullProgress, Progress
+from .cache_teacher.teacher import OFFSET_POSITIONS, TASK_OF_PROBLEM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_KINDS = ("teacher", "run")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WITHOUT_LIMIT = 1_000_000
+"""transformers writes an absurdly large `model_max_length` where a tokenizer has no limit."""
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with its tokenizer, in evaluation mode and float32.
+
+    Attributes:
+        path: where it was loaded from.
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        task: "single-label", "multi-label" or "regression".
+        label_names: names of the logits' columns in their order; () for regression.
+        max_length: longer inputs are cut here, in tokens.
+        content: what its manifest says beyond that; {} for a folder that kd did not make.
+    """
+
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: str
+    label_names: tuple[str, ...]
+    max_length: int
+    content: Mapping[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.model.device
+
+    def predict(
+        self,
+        texts_a: Sequence[str],
+        texts_b: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Logits, float32 [N, C], in the order of the texts.
+
+        Rows are batched by length, so a row's logits may differ in the last bits from those of a batch of its own.
+
+        Args:
+            texts_a: the texts, or the first text of every pair.
+            texts_b: the second texts of pairs.
+            batch_size: rows per forward pass.
+            progress: where to report rows.
+        """
+        encoded = self._encode(texts_a, texts_b)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        order = np.argsort(-lengths, kind="stable")
+        logits_NC = np.empty((len(lengths), self.model.config.num_labels), np.float32)
+        task = (progress or NullProgress()).task("predicting", total=len(lengths))
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = self.tokenizer.pad(
+                    {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
+                )
+                output = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+                logits_NC[rows] = output.logits.float().reshape(len(rows), -1).cpu().numpy()
+                task.advance(len(rows))
+        task.done()
+        return logits_NC
+
+    def seconds_for(self, text_a: str, text_b: str | None = None) -> float:
+        """Wall time of one call with one example: from text to logits, tokenising included."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            encoded = self._encode([text_a], None if text_b is None else [text_b])
+            batch = {name: torch.tensor(column, device=self.device) for name, column in encoded.items()}
+            self.model(**batch).logits.cpu()
+        return time.perf_counter() - start
+
+    def latency(self, texts_a: Sequence[str], texts_b: Sequence[str] | None = None, *, repeats: int = 1) -> np.ndarray:
+        """Seconds of every single-example call, float64 [repeats * N], after as many warm-up calls (at most 10)."""
+        pairs = list(zip(texts_a, texts_b or [None] * len(texts_a), strict=True)) * repeats  # type: ignore[list-item]
+        for text_a, text_b in pairs[:10]:
+            self.seconds_for(text_a, text_b)
+        return np.array([self.seconds_for(text_a, text_b) for text_a, text_b in pairs])
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Those of embedding tables (words, positions, segments): looked up, not multiplied."""
+        tables = {
+            id(module.weight): module.weight.numel()
+            for module in self.model.modules()
+            if isinstance(module, torch.nn.Embedding)
+        }
+        return sum(tables.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight files; of the tensors in memory for a model that lies in no folder."""
+        files = [file for pattern in WEIGHT_FILES for file in self.path.glob(pattern)] if self.path.is_dir() else []
+        if files:
+            return sum(file.stat().st_size for file in files)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+
+    def columns_of(self, names: Sequence[str], *, of: str) -> np.ndarray | None:
+        """For every name the index of this model's logit column, int64 [C]; None when they are the same already.
+
+        Two models are compared by label names, never by position.
+
+        Args:
+            names: the order wanted.
+            of: whose order that is, for the error.
+
+        Raises:
+            RefusedError: the two do not have the same names.
+        """
+        if self.label_names == tuple(names):
+            return None
+        missing = [name for name in names if name not in self.label_names]
+        extra = [name for name in self.label_names if name not in names]
+        if missing or extra:
+            hint = near_match(missing[0], self.label_names) if missing and len(self.label_names) < 50 else ""
+            raise RefusedError(
+                f"{self.path} and {of} do not have the same labels{hint}",
+                details=[
+                    *([f"only in {of}: {_shortened(missing)}"] if missing else []),
+                    *([f"only in {self.path}: {_shortened(extra)}"] if extra else []),
+                ],
+                fix="compare models of one task, or give both the same names in id2label of config.json",
+            )
+        return np.array([self.label_names.index(name) for name in names])
+
+    def _encode(self, texts_a: Sequence[str], texts_b: Sequence[str] | None) -> dict[str, list[list[int]]]:
+        encoded = self.tokenizer(
+            list(texts_a), None if texts_b is None else list(texts_b), truncation=True, max_length=self.max_length
+        )
+        wanted = inspect.signature(self.model.forward).parameters
+        return {name: column for name, column in encoded.items() if name in wanted}
+
+
+def load_predictor(path: str | Path, *, device: str | None = None, max_length: int | None = None) -> Predictor:
+    """Open a model for prediction.
+
+    Args:
+        path: a teacher folder, a run, or a folder or hub id of a fine-tuned classifier.
+        device: where to run; a GPU where there is one.
+        max_length: cut inputs here; by default where the model was cut in training, else its own limit.
+
+    Raises:
+        RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    folder = Path(path).expanduser()
+    manifest = _manifest_of(path, folder)
+    _register_students(folder)
+    source = str(folder) if folder.is_dir() else str(path)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RefusedError(
+            f"model {path} cannot be opened as a sequence classifier",
+            details=[first_line[:300]],
+            fix="give a teacher, a run, or a folder that AutoModelForSequenceClassification.from_pretrained opens",
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise RefusedError(
+            f"model {path} lacks {len(missing)} tensors, which would be random",
+            details=missing[:8],
+            fix="fine-tune it first: kd train-teacher --model ...",
+        )
+    config = model.config
+    task = _task_of(config)
+    content = manifest.get("content", {}) if manifest else {}
+    names = {int(index): str(name) for index, name in config.id2label.items()}
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Predictor(
+        path=folder if folder.is_dir() else Path(path),
+        model=model.eval().requires_grad_(False).to(target),
+        tokenizer=tokenizer,
+        task=task,
+        label_names=() if task == "regression" else tuple(names[index] for index in range(config.num_labels)),
+        max_length=max_length or int(content.get("max_length") or 0) or longest_input(config, tokenizer),
+        content=content,
+    )
+
+
+def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input in tokens that model and tokenizer take; 512 where neither sets a limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < WITHOUT_LIMIT else []
+    if isinstance(positions, int) and positions > 0:
+        offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0
+        limits.append(positions - offset)
+    return int(min(limits, default=DEFAULT_LENGTH))
+
+
+def _task_of(config: Any) -> str:
+    declared = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    return TASK_OF_PROBLEM[declared]
+
+
+def _manifest_of(path: str | Path, folder: Path) -> Mapping[str, Any] | None:
+    if not folder.is_dir():
+        if folder.exists() or str(path).startswith((".", "/", "~")):
+            raise RefusedError(f"model {path} is not a folder", fix="give a teacher, a run, or a hub id")
+        return None
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["kind"] not in MODEL_KINDS:
+        raise RefusedError(f"{path} is a {manifest['kind']}, not a model", fix="give a teacher or a run")
+    if manifest is None and (folder / "unfinished.json").exists():
+        raise RefusedError(f"model {path} is not finished", fix="run the stage that makes it again: it resumes")
+    if not (folder / "config.json").exists():
+        raise RefusedError(
+            f"model {path} has no config.json",
+            details=[", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "(empty)"],
+            fix="give a teacher, a run, or a folder that AutoModelForSequenceClassification.from_pretrained opens",
+        )
+    return manifest
+
+
+def _register_students(folder: Path) -> None:
+    """Make transformers know kd's own architectures, where the folder holds one."""
+    config = folder / "config.json"
+    if config.is_file() and '"kd-' in config.read_text(encoding="utf-8"):
+        from .train_student import bilstm_model  # noqa: F401
+
+
+def _shortened(names: Sequence[str], limit: int = 6) -> str:
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"

@@ -1,0 +1,526 @@
+"""Fine-tuning an encoder into a teacher: defaults that follow the number of labels, a fitted head, the Trainer.
+
+Dimension key: N labelled rows, C classes, H features that the last linear layer reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..pipeline.artifact import atomic_write_bytes
+from ..pipeline.errors import RefusedError
+from ..pipeline.stage import StageContext, StageResult
+from .metrics import LOWER_IS_BETTER, check_metric, main_metric, task_metrics
+from .predict import load_predictor, longest_input
+from .training_options import CHECKPOINTS, attach_progress, length_grouped_order, resumable_checkpoint
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
+    from .train_teacher import TrainTeacher
+
+PROBLEM_TYPE = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks)\.(\d+)\.")
+
+
+def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
+    """Train as the stage says and write the teacher into its `output_dir`."""
+    output_dir = Path(stage.output_dir)
+    train = stage.training_corpus()
+    info = train.info
+    evaluation = stage.evaluation_corpus(train) if stage.eval_dataset is not None else None
+    labels, _ = train.labels()
+    _warn_of_absent_classes(train, labels, context)
+
+    set_seed(stage.seed)
+    source = stage.model_source()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, has_trained_head = load_encoder(source, info.task, info.label_names)
+    max_length = stage.max_length or min(DEFAULT_LENGTH, longest_input(model.config, tokenizer))
+    rows = TextRows(tokenizer, *train.texts(), labels, info.task, max_length)
+    held_out = None
+    if evaluation is not None:
+        held_out = TextRows(tokenizer, *evaluation.texts(), evaluation.labels()[0], info.task, max_length)
+
+    defaults = default_arguments(len(rows), model.config.hidden_size, with_bf16=not stage.fp16 and has_fast_bf16())
+    metric = check_metric(stage.metric_for_best_model or main_metric(info.task), info.task, len(info.label_names))
+    arguments = stage.training_arguments(
+        output_dir=output_dir / CHECKPOINTS,
+        has_eval=held_out is not None,
+        metric_for_best_model=metric,
+        greater_is_better=metric not in LOWER_IS_BETTER,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **defaults,
+    )
+    freeze_embeddings = stage.freeze_embeddings if stage.freeze_embeddings is not None else len(rows) < FEW_ROWS
+    head_learning_rate = stage.head_learning_rate or HEAD_FACTOR * arguments.learning_rate
+    freeze(model, embeddings=freeze_embeddings, encoder=stage.freeze_encoder)
+    resolved = {
+        "learning_rate": arguments.learning_rate,
+        "head_learning_rate": head_learning_rate,
+        "num_train_epochs": arguments.num_train_epochs,
+        "max_steps": arguments.max_steps,
+        "per_device_train_batch_size": arguments.per_device_train_batch_size,
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
+        "lr_scheduler_type": str(arguments.lr_scheduler_type.value),
+        "bf16": arguments.bf16,
+        "freeze_embeddings": freeze_embeddings,
+        "head": "kept" if has_trained_head else stage.head,
+    }
+    context.progress.info(
+        f"train-teacher: {len(rows)} labelled rows; " + ", ".join(f"{k}={_short(v)}" for k, v in resolved.items()),
+        **resolved,
+    )
+
+    checkpoint = resumable_checkpoint(stage, output_dir)
+    if checkpoint is None and stage.head == "fitted" and not has_trained_head:
+        fit_head(model, rows, info.task, context, arguments.device, bf16=arguments.bf16)
+    trainer = TeacherTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=rows.collate,
+        processing_class=tokenizer,
+        compute_metrics=lambda found: task_metrics(info.task, found.predictions, found.label_ids),
+        callbacks=[EarlyStoppingCallback(stage.early_stopping_patience)] if stage.early_stopping_patience else None,
+        head_learning_rate=head_learning_rate,
+        layer_decay=stage.layer_learning_rate_decay or 1.0,
+    )
+    attach_progress(trainer, context.progress)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise RefusedError(
+            f"training diverged: weights are not finite after {trainer.state.global_step} steps",
+            fix=f"give a --learning-rate below {arguments.learning_rate:g}",
+        )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+    metrics: dict[str, float] = {}
+    if evaluation is not None:
+        # Scored as `kd evaluate` does, from the saved folder and in float32.
+        saved = load_predictor(output_dir, device=str(arguments.device), max_length=max_length)
+        logits_NC = saved.predict(*evaluation.texts(), progress=context.progress)
+        metrics = task_metrics(info.task, logits_NC, evaluation.labels()[0])
+    state = trainer.state
+    figures = {
+        "rows": len(rows),
+        "task": info.task,
+        "classes": len(info.label_names),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "train_loss": _last_loss(state.log_history),
+        "eval_rows": None if evaluation is None else len(evaluation),
+        "metrics": metrics,
+    }
+    atomic_write_bytes(
+        output_dir / "metrics.json",
+        json.dumps({**figures, "training": resolved, "history": state.log_history}, indent=2).encode(),
+    )
+    card = model_card(stage, train, figures, resolved)
+    atomic_write_bytes(output_dir / "README.md", card.encode())
+    shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
+    content = {
+        "task": info.task,
+        "label_names": list(info.label_names),
+        "columns": {
+            "text_column": info.text_column,
+            "text_pair_column": info.text_pair_column,
+            "label_column": info.label_column,
+        },
+        "max_length": max_length,
+        "seed": stage.seed,
+        "steps": state.global_step,
+        "labelled_rows": len(rows),
+        "labels_per_class": stage.labels_per_class,
+        "labels_total": stage.labels_total,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "metrics": metrics,
+        "training": resolved,
+    }
+    return StageResult(summary={**figures, "training": resolved}, content=content)
+
+
+# --- defaults ----------------------------------------------------------------------------------------------------
+
+DEFAULT_LENGTH = 128
+"""Tokens an input is cut to."""
+FEW_ROWS = 5_000
+"""Below this many labelled rows the word table stays as it is: most words occur in no labelled row."""
+HEAD_FACTOR = 10.0
+"""Learning rate of the head over that of the encoder."""
+
+
+def default_arguments(num_rows: int, hidden_size: int, *, with_bf16: bool) -> dict[str, Any]:
+    """`TrainingArguments` for a set of this size and an encoder of this width.
+
+    Few rows need many passes at a high rate; many rows need two.
+    """
+    batch_size = 16 if num_rows < FEW_ROWS else 32
+    steps_per_epoch = math.ceil(num_rows / batch_size)
+    epochs = min(max(20.0 * (1000.0 / num_rows) ** 0.55, 2.0), 20.0)
+    return {
+        "num_train_epochs": float(round(max(epochs, min(300 / steps_per_epoch, 100.0)))),
+        "learning_rate": min(5e-5 * (768 / hidden_size) ** 2, 5e-4),
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "bf16": with_bf16,
+    }
+
+
+def has_fast_bf16() -> bool:
+    """Whether bfloat16 arithmetic is native where training will run: three times as fast as float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    if torch.backends.mps.is_available():
+        return False
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# --- model and data ----------------------------------------------------------------------------------------------
+
+
+def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[PreTrainedModel, bool]:
+    """A sequence classifier over the checkpoint's encoder, and whether its head was trained for these very labels.
+
+    Raises:
+        RefusedError: the checkpoint lacks tensors of the encoder itself.
+    """
+    names = list(label_names) if task != "regression" else ["score"]
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            problem_type=PROBLEM_TYPE[task],
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise RefusedError(
+            f"model {source} cannot be opened as a sequence classifier", details=[str(error).splitlines()[0][:300]]
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    prefix = model.base_model_prefix + "."
+    inside = sorted(name for name in missing if name.startswith(prefix) and "pooler" not in name)
+    if inside:
+        raise RefusedError(
+            f"model {source} lacks {len(inside)} tensors of its encoder, which would be random",
+            details=inside[:8],
+            fix="give a pretrained checkpoint",
+        )
+    return model, not missing and _names_in(source) == names
+
+
+def _names_in(source: str) -> list[str]:
+    from transformers import AutoConfig
+
+    names = {int(index): str(name) for index, name in AutoConfig.from_pretrained(source).id2label.items()}
+    return [names[index] for index in sorted(names)]
+
+
+class TextRows(Dataset[dict[str, Any]]):
+    """Tokenised rows with their labels, and how they become a batch."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts_a: list[str],
+        texts_b: list[str] | None,
+        labels: np.ndarray,
+        task: str,
+        max_length: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._encoded = dict(tokenizer(texts_a, texts_b, truncation=True, max_length=max_length))
+        self._dtype = torch.int64 if task == "single-label" else torch.float32
+        self._max_length = max_length
+        self.labels = labels
+        self.lengths = np.array([len(ids) for ids in self._encoded["input_ids"]])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: column[row] for name, column in self._encoded.items()} | {"labels": self.labels[row]}
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A padded batch: input tensors [B, T] and `labels` [B] or [B, C]."""
+        labels = torch.as_tensor(np.array([row["labels"] for row in rows]), dtype=self._dtype)
+        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        multiple = 8 if self._max_length % 8 == 0 else None
+        return {**self._tokenizer.pad(inputs, return_tensors="pt", pad_to_multiple_of=multiple), "labels": labels}
+
+
+def freeze(model: PreTrainedModel, *, embeddings: bool, encoder: bool) -> None:
+    """Keep the table of word embeddings, or everything below the head, as it is."""
+    if encoder:
+        for name, parameter in model.base_model.named_parameters():
+            parameter.requires_grad_("pooler" in name)
+    if embeddings:
+        model.get_input_embeddings().weight.requires_grad_(False)
+
+
+def _warn_of_absent_classes(train: Corpus, labels: np.ndarray, context: StageContext) -> None:
+    if train.info.task != "single-label":
+        return
+    seen = Counter(labels.tolist())
+    absent = [name for index, name in enumerate(train.info.label_names) if not seen[index]]
+    if absent:
+        context.progress.warn(
+            f"{len(absent)} of {len(train.info.label_names)} classes have no labelled row and will not be learned: "
+            + ", ".join(absent[:5])
+        )
+
+
+# --- the head ----------------------------------------------------------------------------------------------------
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The last linear layer of the head, which gives the logits; None when the head has another shape."""
+    inside = {id(module) for module in model.base_model.modules()}
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside and module.out_features == model.config.num_labels
+    ]
+    return layers[-1] if layers else None
+
+
+def fit_head(
+    model: PreTrainedModel, rows: TextRows, task: str, context: StageContext, device: torch.device, *, bf16: bool
+) -> None:
+    """Start the head at the optimum of a ridge-penalised linear model on the frozen encoder's outputs.
+
+    A random head's first gradients push a pretrained encoder about; a fitted one starts where it is already useful.
+    """
+    layer = output_layer(model)
+    if layer is None:
+        context.progress.warn("the head of this architecture has no last linear layer: it starts at random")
+        return
+    features_NH = head_inputs(model.to(device), layer, rows, context, bf16=bf16).to(torch.float64)
+    labels = torch.as_tensor(rows.labels)
+    weight_CH, bias_C = fit_linear(features_NH, labels, task, layer.out_features)
+    with torch.no_grad():
+        layer.weight.copy_(weight_CH)
+        if layer.bias is not None:
+            layer.bias.copy_(bias_C)
+
+
+@torch.inference_mode()
+def head_inputs(
+    model: PreTrainedModel, layer: nn.Linear, rows: TextRows, context: StageContext, *, bf16: bool
+) -> Tensor:
+    """What the last linear layer reads, float32 [N, H] on the CPU, with dropout off."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float().cpu()))
+    was_training = model.training
+    model.eval()
+    features_NH = torch.empty(len(rows), layer.in_features)
+    order = np.argsort(-rows.lengths, kind="stable")
+    task = context.progress.task("fitting the head", total=len(rows))
+    try:
+        for start in range(0, len(order), 64):
+            chosen = order[start : start + 64]
+            batch = rows.collate([rows[int(row)] for row in chosen])
+            batch.pop("labels")
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            features_NH[torch.from_numpy(chosen)] = seen.pop().reshape(len(chosen), -1)
+            task.advance(len(chosen))
+    finally:
+        hook.remove()
+        model.train(was_training)
+        task.done()
+    return features_NH.clone()
+
+
+def fit_linear(
+    features_NH: Tensor, labels: Tensor, task: str, num_outputs: int, *, penalty: float = 1e-2
+) -> tuple[Tensor, Tensor]:
+    """Weights [C, H] and biases [C] of the linear model with the least penalised mean loss.
+
+    Loss is cross-entropy, binary cross-entropy or squared error by task; the penalty is `penalty` times the squared
+    norm of the weights in units where the features have mean 0 and one overall standard deviation of 1.
+    """
+    mean_H, scale = features_NH.mean(0), features_NH.std().clamp_min(1e-12)
+    inputs_NH = (features_NH - mean_H) / scale
+    weight_CH = torch.zeros(num_outputs, features_NH.shape[1], dtype=features_NH.dtype, requires_grad=True)
+    bias_C = torch.zeros(num_outputs, dtype=features_NH.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_CH, bias_C], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        outputs_NC = inputs_NH @ weight_CH.T + bias_C
+        if task == "single-label":
+            fit = F.cross_entropy(outputs_NC, labels.long())
+        elif task == "multi-label":
+            fit = F.binary_cross_entropy_with_logits(outputs_NC, labels.to(outputs_NC.dtype))
+        else:
+            fit = F.mse_loss(outputs_NC[:, 0], labels.to(outputs_NC.dtype))
+        total = fit + penalty * weight_CH.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    weight_CH, bias_C = weight_CH.detach() / scale, bias_C.detach()
+    return weight_CH, bias_C - weight_CH @ mean_H
+
+
+# --- the Trainer -------------------------------------------------------------------------------------------------
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """`length_grouped_order` of each epoch; the Trainer says which epoch it is, so a resumed run reads the same."""
+
+    def __init__(self, lengths: np.ndarray, *, batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader at the start of each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = length_grouped_order(self._lengths, batch_size=self._batch_size, seed=self._seed, epoch=self._epoch)
+        return iter(order.tolist())
+
+
+class TeacherTrainer(Trainer):
+    """`Trainer` with length-grouped batches and a learning rate per depth."""
+
+    def __init__(self, *, head_learning_rate: float, layer_decay: float, **kwargs: Any) -> None:
+        self._head_learning_rate = head_learning_rate
+        self._layer_decay = layer_decay
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return LengthGroupedSampler(self.train_dataset.lengths, batch_size=self._train_batch_size, seed=self.args.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """An optimiser with one group per learning rate and weight decay."""
+        if self.optimizer is None:
+            assert self.model is not None
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, rate in learning_rates(
+                self.model,
+                rate=self.args.learning_rate,
+                head_rate=self._head_learning_rate,
+                layer_decay=self._layer_decay,
+            ).items():
+                key = (rate, self.args.weight_decay if name in decayed else 0.0)
+                groups.setdefault(key, []).append(self.model.get_parameter(name))
+            optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+                **keywords,
+            )
+        return self.optimizer
+
+
+def learning_rates(model: PreTrainedModel, *, rate: float, head_rate: float, layer_decay: float) -> dict[str, float]:
+    """Learning rate per trainable parameter: the head's (pooler included), then falling layer by layer.
+
+    The top layer has `rate`; each layer below has `layer_decay` times the one above, the embeddings come last.
+    """
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    layers = [int(found[1]) for name, _ in model.named_parameters() if (found := LAYER.search("." + name))]
+    num_layers = max(layers, default=-1) + 1
+    rates = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found = LAYER.search("." + name)
+        if id(parameter) not in inside or "pooler" in name:
+            rates[name] = head_rate
+        elif found:
+            rates[name] = rate * layer_decay ** (num_layers - 1 - int(found[1]))
+        elif "embed" in name:
+            rates[name] = rate * layer_decay**num_layers
+        else:  # a last norm above the layers
+            rates[name] = rate
+    return rates
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def model_card(stage: TrainTeacher, train: Corpus, figures: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
+    """README.md of the teacher: metadata that the hub reads, then figures for people."""
+    import yaml
+
+    base = "sentence-transformers/all-MiniLM-L6-v2" if stage.model == "minilm" else stage.model
+    local = Path(stage.model).expanduser().exists()
+    data = Path(stage.corpus or stage.dataset or "").name
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["knowledge-distillation", "kd-teacher"],
+        **({} if local else {"base_model": base}),
+    }
+    names = train.info.label_names
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        f"# Teacher: {Path(base).name if local else base} fine-tuned on {data}",
+        "",
+        f"Made by `kd train-teacher` from {figures['rows']} labelled rows. Task: {train.info.task}"
+        + (f", {len(names)} classes." if names else "."),
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.4f} |" for name, value in figures["metrics"].items()),
+        "",
+        "Training: " + ", ".join(f"{name} {_short(value)}" for name, value in resolved.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _last_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
+    return next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
