@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .pipeline.stage import Outcome
     from .pipeline.store import open_store as open_store
-    from .stages.train_student.students import load_student as load_student
+    from .stages.train_student.loading import load_student as load_student
 
     __version__: str
     train_teacher: Callable[..., Outcome]
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     elif name == "open_store":
         from .pipeline.store import open_store as value
     elif name == "load_student":
-        from .stages.train_student.students import load_student as value
+        from .stages.train_student.loading import load_student as value
     elif name in _FUNCTIONS:
         from .stages import stage_function
 

@@ -1,0 +1,236 @@
+"""The BiLSTM of Tang et al. as a transformers model: one sentence, or a pair read by one shared encoder.
+
+Dimension key: B examples, T token positions, D features, C classes. This file is all that loading a finished BiLSTM
+needs: it imports nothing of kd, and importing it makes the Auto classes of transformers know the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+
+class BiLstmConfig(PretrainedConfig):
+    """Shape of a `BiLstmForSequenceClassification`.
+
+    Attributes:
+        vocab_size: rows of the embedding table.
+        embedding_size: D of a token's embedding.
+        hidden_size: D of one direction; a layer's states have twice as many.
+        num_hidden_layers: stacked bidirectional layers.
+        head_size: width of the ReLU layer before the logits; 0 for logits straight from the sentence vector.
+        pooling: sentence vector from the last layer: "last" (final states of both directions), "max" or "mean".
+        pair: whether input is two texts around `sep_token_id`, encoded apart and compared.
+        dropout: on the embeddings and on the head's layer, in training.
+        freeze_embeddings: whether the table stays as it was at the start.
+        pad_token_id, sep_token_id, cls_token_id: as the tokenizer has them; the last two matter for pairs only.
+    """
+
+    model_type = "kd-bilstm"
+
+    vocab_size: int = 30522
+    embedding_size: int = 300
+    hidden_size: int = 150
+    num_hidden_layers: int = 1
+    head_size: int = 200
+    pooling: str = "max"
+    pair: bool = False
+    dropout: float = 0.1
+    freeze_embeddings: bool = False
+    pad_token_id: int | None = 0
+    sep_token_id: int | None = None
+    cls_token_id: int | None = None
+
+
+@dataclass
+class BiLstmOutput(ModelOutput):
+    """Logits [B, C]; on request the states of layers 0 (embeddings) to L and their sentence vectors.
+
+    `encoded_mask` is True where a token was read: for pairs, special tokens are not.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    sentence_states: tuple[Tensor, ...] | None = None
+    encoded_mask: Tensor | None = None
+
+
+class BiLstmLayer(nn.Module):
+    """One bidirectional layer over right-padded sequences; a padded position changes nothing and comes out as zeros.
+
+    The backward direction reads each sequence reversed within its own length. Unlike packing, this keeps the fused
+    CPU kernel (a third faster in float32, half the time in bfloat16) and exports to ONNX.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.forward_lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
+        self.backward_lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
+
+    def forward(self, states_BTD: Tensor, reversal_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        forward_BTD, _ = self.forward_lstm(states_BTD)
+        backward_BTD, _ = self.backward_lstm(_take(states_BTD, reversal_BT))
+        both_BTD = torch.cat([forward_BTD, _take(backward_BTD, reversal_BT)], dim=-1)
+        return both_BTD * mask_BT[..., None].to(both_BTD.dtype)
+
+
+class BiLstmForSequenceClassification(PreTrainedModel):
+    """Embeddings, bidirectional LSTM, pooled sentence vector, ReLU layer, logits (Tang et al., arXiv 1903.12136).
+
+    For a pair, both texts go through the same encoder and the head sees [u; v; |u - v|; u * v]: there is no attention
+    between them. Rows without any token are safe and get the logits of a zero vector.
+    """
+
+    config_class = BiLstmConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    _no_split_modules = ["BiLstmLayer"]
+
+    def __init__(self, config: BiLstmConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        width = 2 * config.hidden_size
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(
+            BiLstmLayer(width if i else config.embedding_size, config.hidden_size)
+            for i in range(config.num_hidden_layers)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        sentence = 4 * width if config.pair else width
+        self.head = nn.Linear(sentence, config.head_size) if config.head_size else None
+        self.classifier = nn.Linear(config.head_size or sentence, config.num_labels)
+        self.post_init()
+        self.embeddings.weight.requires_grad_(not config.freeze_embeddings)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.uniform_(module.weight, -0.25, 0.25)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.Linear | nn.LSTM):
+            module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BiLstmOutput:
+        """Logits of a batch.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            attention_mask: [B, T], 1 at true tokens; all when absent.
+            token_type_ids: ignored; pairs are told apart by `sep_token_id`.
+            labels: as the other sequence classifiers of transformers take them.
+            output_hidden_states: also return `hidden_states` and `sentence_states`.
+            return_dict: ignored; the output is always a `BiLstmOutput`.
+        """
+        mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        side = _Sides(input_ids, mask_BT, self.config) if self.config.pair else None
+        ids, mask = (input_ids, mask_BT) if side is None else (side.ids, side.mask)
+        reversal = _reversal(mask)
+
+        states = self.dropout(self.embeddings(ids))
+        every_layer = [states]
+        for layer in self.layers:
+            states = layer(states, reversal, mask)
+            every_layer.append(states)
+        sentence = self._sentence(states, mask, len(self.layers))
+        hidden = sentence if self.head is None else self.dropout(torch.relu(self.head(sentence)))
+        logits = self.classifier(hidden)
+
+        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        if not output_hidden_states:
+            return BiLstmOutput(loss=loss, logits=logits)
+        return BiLstmOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(s if side is None else side.put_back(s) for s in every_layer),
+            sentence_states=tuple(self._sentence(s, mask, layer) for layer, s in enumerate(every_layer)),
+            encoded_mask=mask_BT if side is None else side.encoded_mask,
+        )
+
+    def _sentence(self, states_BTD: Tensor, mask_BT: Tensor, layer: int) -> Tensor:
+        """[B, D] of a layer; for pairs [B, 4 D] from states of 2 B texts, all first texts before all second ones."""
+        # Embeddings have no direction, hence no final states.
+        pooling = "mean" if layer == 0 and self.config.pooling == "last" else self.config.pooling
+        pooled = _pool(states_BTD, mask_BT, pooling)
+        if not self.config.pair:
+            return pooled
+        first, second = pooled.chunk(2)
+        return torch.cat([first, second, (first - second).abs(), first * second], dim=-1)
+
+
+class _Sides:
+    """A batch of B pairs as 2 B single texts without special tokens: all first texts, then all second ones."""
+
+    def __init__(self, input_ids: Tensor, mask_BT: Tensor, config: BiLstmConfig) -> None:
+        separator_BT = input_ids.eq(config.sep_token_id) & mask_BT
+        after_BT = separator_BT.cumsum(1) > 0
+        text_BT = mask_BT & ~separator_BT
+        if config.cls_token_id is not None:
+            text_BT = text_BT & input_ids.ne(config.cls_token_id)
+        kept = torch.cat([text_BT & ~after_BT, text_BT & after_BT])
+        lengths = kept.sum(1)
+        longest = max(1, int(lengths.max()))
+        # Kept positions first, in their order: a stable sort by "not kept".
+        self.positions = (~kept).int().argsort(dim=1, stable=True)[:, :longest]
+        self.mask = torch.arange(longest, device=input_ids.device) < lengths[:, None]
+        self.ids = input_ids.repeat(2, 1).gather(1, self.positions).masked_fill(~self.mask, config.pad_token_id or 0)
+        self.encoded_mask = text_BT
+        self._length = input_ids.shape[1]
+
+    def put_back(self, states: Tensor) -> Tensor:
+        """States [2 B, S, D] of the single texts at the positions [B, T, D] their tokens had; zeros elsewhere."""
+        count, _, width = states.shape
+        index = self.positions[..., None].expand(-1, -1, width)
+        whole = states.new_zeros(count, self._length, width)
+        whole = whole.scatter(1, index, states * self.mask[..., None].to(states.dtype))
+        first, second = whole.chunk(2)
+        return first + second
+
+
+def _reversal(mask_BT: Tensor) -> Tensor:
+    """[B, T] positions that reverse each sequence within its length; padded positions point at 0."""
+    last_B1 = mask_BT.sum(1, keepdim=True) - 1
+    return (last_B1 - torch.arange(mask_BT.shape[1], device=mask_BT.device)).clamp(min=0)
+
+
+def _take(states_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+    return states_BTD.gather(1, positions_BT[..., None].expand(-1, -1, states_BTD.shape[-1]))
+
+
+def _pool(states_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
+    """[B, D]; zeros for a row without tokens."""
+    if pooling == "mean":
+        total_BD = (states_BTD * mask_BT[..., None].to(states_BTD.dtype)).sum(1)
+        return total_BD / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    if pooling == "max":
+        highest_BD = states_BTD.masked_fill(~mask_BT[..., None], float("-inf")).amax(1)
+        return highest_BD.masked_fill(~mask_BT.any(1, keepdim=True), 0.0)
+    # last: the forward direction ends at the last true token, the backward one at the first.
+    half = states_BTD.shape[-1] // 2
+    last_B = (mask_BT.sum(1) - 1).clamp(min=0)
+    rows_B = torch.arange(len(last_B), device=last_B.device)
+    final_BD = torch.cat([states_BTD[rows_B, last_B, :half], states_BTD[:, 0, half:]], dim=-1)
+    return final_BD.masked_fill(~mask_BT.any(1, keepdim=True), 0.0)
+
+
+AutoConfig.register(BiLstmConfig.model_type, BiLstmConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(BiLstmConfig, BiLstmForSequenceClassification, exist_ok=True)

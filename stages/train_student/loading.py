@@ -1,0 +1,72 @@
+"""Opening a finished student: `kd.load_student`. Imports no training code, no store and no other stage.
+
+Dimension key: N texts, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...pipeline.errors import RefusedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LoadedStudent(NamedTuple):
+    """A student and its tokenizer: unpack it, or call it with texts.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: its tokenizer; cuts where the student was cut in training.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the logits' columns."""
+        names = self.model.config.id2label
+        return [str(names[index]) for index in range(self.model.config.num_labels)]
+
+    def __call__(
+        self, texts: Sequence[str], second_texts: Sequence[str] | None = None, *, batch_size: int = 64
+    ) -> np.ndarray:
+        """float32 [N, C] logits of texts, or of pairs with `second_texts`, in their order."""
+        import numpy as np
+        import torch
+
+        logits = [np.empty((0, self.model.config.num_labels), np.float32)]
+        for start in range(0, len(texts), batch_size):
+            first = list(texts[start : start + batch_size])
+            second = None if second_texts is None else list(second_texts[start : start + batch_size])
+            inputs = self.tokenizer(first, second, padding=True, truncation=True, return_tensors="pt")
+            with torch.inference_mode():
+                output = self.model(**inputs.to(self.model.device))
+            logits.append(output.logits.float().cpu().numpy())
+        return np.concatenate(logits)
+
+
+def load_student(path: str | Path, *, device: str = "cpu") -> LoadedStudent:
+    """Open a run folder, or any sequence classifier that transformers opens.
+
+    Raises:
+        RefusedError: nothing there, or a run that is not finished.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise RefusedError(
+            f"student {path}: no config.json in that folder",
+            fix="give the --output-dir of a finished kd train-student",
+        )
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from . import bilstm_model  # noqa: F401  (makes the Auto classes know the BiLSTM)
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return LoadedStudent(model.eval().to(device), tokenizer)

@@ -1,0 +1,38 @@
+"""Logit regression: match the teacher's raw logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ....pipeline.store.signal import Signal
+from .. import losses
+from .base import Method, Shapes, StudentOutputs, Targets, methods
+
+LOGITS = Signal("logits")
+
+
+@methods.register("logit-mse")
+@dataclass(frozen=True, kw_only=True)
+class LogitMse(Method):
+    """Squared distance between raw logits: what Tang et al. train a BiLSTM with.
+
+    L = mean_b ||z_student - z_teacher||^2, summed over classes (`sum_class`, as papers write it) or averaged over
+    them (`mean_all`, C times smaller). The high-temperature limit of soft targets, but it also matches the constant
+    that a softmax ignores. Any task: labels of a multi-label head and the score of a regression count as classes.
+
+    Signals: `logits`. Student outputs: `logits`. Projections: none.
+    """
+
+    source = "Tang et al., Distilling Task-Specific Knowledge from BERT into Simple Neural Networks, arXiv 1903.12136"
+    reduction: Literal["sum_class", "mean_all"] = "mean_all"
+
+    def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        return (LOGITS,)
+
+    def loss(
+        self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
+    ) -> dict[str, Tensor]:
+        return {"logit-mse": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction=self.reduction)}

@@ -1,0 +1,76 @@
+"""Patient knowledge distillation: match sentence vectors of intermediate layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ....pipeline.errors import UsageError
+from ....pipeline.store.signal import Signal
+from .. import losses
+from .base import Method, Shapes, StudentOutputs, Targets, layer_pairs, methods
+
+
+@methods.register("pkd")
+@dataclass(frozen=True, kw_only=True)
+class Pkd(Method):
+    """Match the student's sentence vectors of its lower layers with the teacher's [CLS] states.
+
+    L = mean_b sum_m || u(W h_student[b, m]) - u(h_teacher[b, g(m)]) ||^2 with u(x) = x / ||x||, over the student's
+    blocks m = 1..M-1: the last one is supervised through logits. W is one linear map shared by all layers, and only
+    there when widths differ. A BiLSTM's "[CLS]" is what it pools from a layer.
+
+    `layers`: `skip` (every L_T / L_S-th teacher block), `last` (the top ones) or pairs `1-4+2-8` (student-teacher).
+    `reduction`: `sum` as above; `official` divides by the number of layers and the width, as the published code does,
+    so its weights (10 to 1000) can be used.
+
+    Signals: `hidden.cls` at g(m). Student outputs: sentence vectors at m. Projections: `linear`, if widths differ.
+    """
+
+    source = "Sun et al., Patient Knowledge Distillation for BERT Model Compression, arXiv 1908.09355"
+    layers: str = "skip"
+    normalize: bool = True
+    reduction: Literal["sum", "official"] = "sum"
+
+    def _pairs(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
+        pairs = layer_pairs(self.layers, shapes, with_last=False, where="option 'layers' of method 'pkd'")
+        if not pairs:
+            raise UsageError(
+                f"method 'pkd' with layers={self.layers} leaves out the student's last layer, and this student has no other",
+                fix=f"use a deeper student, or name a pair: pkd:layers=1-{shapes.teacher_layers} (student-teacher)",
+            )
+        if len({shapes.sentence_widths[student] for student, _ in pairs}) > 1:
+            raise UsageError("method 'pkd' shares one projection, and the student layers it names differ in width")
+        return pairs
+
+    def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        return tuple(dict.fromkeys(Signal("hidden.cls", teacher) for _, teacher in self._pairs(shapes)))
+
+    def reads(self, shapes: Shapes) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(f"sentence@{student}" for student, _ in self._pairs(shapes)))
+
+    def projections(self, shapes: Shapes) -> nn.ModuleDict:
+        width = shapes.sentence_widths[self._pairs(shapes)[0][0]]
+        if width == shapes.teacher_width:
+            return nn.ModuleDict()
+        return nn.ModuleDict({"linear": nn.Linear(width, shapes.teacher_width, bias=False)})
+
+    def loss(
+        self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
+    ) -> dict[str, Tensor]:
+        pairs = self._pairs(shapes)
+        project = projections["linear"] if "linear" in projections else nn.Identity()
+        terms = {}
+        for student_layer, teacher_layer in pairs:
+            distance = losses.vector_distance(
+                project(student.sentence(student_layer)),
+                targets[Signal("hidden.cls", teacher_layer)],
+                normalize=self.normalize,
+                reduction="sum" if self.reduction == "sum" else "mean",
+            )
+            if self.reduction == "official":
+                distance = distance / len(pairs)
+            terms[f"pkd.{student_layer}-{teacher_layer}"] = distance
+        return terms

@@ -1,0 +1,44 @@
+"""Soft targets: match the teacher's softened distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ....pipeline.errors import UsageError
+from ....pipeline.store.signal import Signal
+from .. import losses
+from .base import Method, Shapes, StudentOutputs, Targets, methods
+
+LOGITS = Signal("logits")
+
+
+@methods.register("soft-target")
+@dataclass(frozen=True, kw_only=True)
+class SoftTarget(Method):
+    """KL from the teacher's to the student's softened distribution, times temperature squared.
+
+    L = T^2 * mean_b KL(softmax(z_teacher / T) || softmax(z_student / T)). Multi-label: the same for each label's
+    Bernoulli, mean over labels. Regression has no distribution: mean squared error of the scores, whatever T.
+
+    Signals: `logits`. Student outputs: `logits`. Projections: none.
+    """
+
+    source = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"option 'temperature' of method 'soft-target' is {self.temperature:g}; expected above 0")
+
+    def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        return (LOGITS,)
+
+    def loss(
+        self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
+    ) -> dict[str, Tensor]:
+        if shapes.task == "regression":
+            return {"soft-target": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction="mean_all")}
+        distance = losses.bernoulli_kl if shapes.task == "multi-label" else losses.soft_target_kl
+        return {"soft-target": distance(student.logits_BC, targets[LOGITS], temperature=self.temperature)}

@@ -1,0 +1,74 @@
+"""The order in which rows are trained on: one global order from seed and epoch, independent of ranks.
+
+Dimension key: N rows, G rows of one optimiser step over all ranks and accumulated forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...pipeline.errors import UsageError
+from ..training_options import length_grouped_order
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which rows every forward pass of a training run reads.
+
+    An epoch is N // G optimiser steps of exactly G rows of similar length; the N mod G rows left over are others in
+    each epoch. A step is cut into one slice per accumulated forward pass and rank, so the rows of a step, and with
+    them the loss curve, depend on neither. Everything follows from the fields: a run resumes by its step number.
+
+    Attributes:
+        rows: int64 [N] rows to train on.
+        lengths: int64 [N] tokens of each of them.
+        batch_size: rows per rank and forward pass.
+        accumulation: forward passes per optimiser step.
+        num_ranks, rank: how many processes share a step, and which one this is.
+        seed: of the run.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    batch_size: int
+    accumulation: int = 1
+    num_ranks: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.rows) < self.num_slices:
+            raise UsageError(
+                f"{len(self.rows)} rows to train on cannot be shared by {self.num_ranks} processes with "
+                f"{self.accumulation} forward passes per step",
+                fix="fewer processes, or a smaller --gradient-accumulation-steps",
+            )
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of one optimiser step."""
+        return self.accumulation * self.num_ranks
+
+    @property
+    def rows_per_step(self) -> int:
+        """G; less than asked for where there are fewer rows."""
+        return min(self.batch_size * self.num_slices, len(self.rows) // self.num_slices * self.num_slices)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch, at least 1."""
+        return len(self.rows) // self.rows_per_step
+
+    def steps(self, epoch: int) -> np.ndarray:
+        """int64 [steps, G]: the rows of every optimiser step of an epoch, over all ranks."""
+        order = length_grouped_order(self.lengths, batch_size=self.rows_per_step, seed=self.seed, epoch=epoch)
+        kept = order[: self.steps_per_epoch * self.rows_per_step]
+        return self.rows[kept].reshape(self.steps_per_epoch, self.rows_per_step)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """The rows of this rank's forward passes, from a step of the epoch on."""
+        for step in self.steps(epoch)[first_step:]:
+            yield from step.reshape(self.accumulation, self.num_ranks, -1)[:, self.rank]

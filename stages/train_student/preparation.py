@@ -1,0 +1,380 @@
+"""What a training run is made of, opened and checked before any weights load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...pipeline.artifact import open_artifact
+from ...pipeline.errors import KdError, RefusedError, UsageError
+from ...pipeline.fingerprint import fingerprint
+from ...pipeline.store.signal import Signal
+from ...pipeline.store.view import View, open_view
+from ..corpus.corpus import Corpus, load_corpus
+from ..corpus.schema import CorpusInfo
+from ..corpus.source import DatasetSource
+from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
+from .methods import Shapes, Term, parse_methods
+from .methods.hard import Hard
+from .students import Start, Student, Task, TeacherFacts, parse_start, parse_student
+
+if TYPE_CHECKING:
+    from .stage import TrainStudent
+
+AGREEMENT = "agreement"
+"""Metric of held-out rows: share of decisions equal to the teacher's."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything a run needs except weights.
+
+    Attributes:
+        stage: its configuration.
+        views: opened, in the order given.
+        corpora: the views' examples, gold labels numbered by `task.label_names`.
+        teacher: facts from the first view's store.
+        task: what is predicted.
+        student, start: what is trained and from where.
+        terms: methods and weights; gold labels alone for a baseline.
+        shapes: of both models.
+        eval_corpus: labelled rows of --eval-dataset, or None.
+    """
+
+    stage: TrainStudent
+    views: tuple[View, ...]
+    corpora: tuple[Corpus, ...]
+    teacher: TeacherFacts
+    task: Task
+    student: Student
+    start: Start
+    terms: tuple[Term, ...]
+    shapes: Shapes
+    eval_corpus: Corpus | None
+
+    @cached_property
+    def signals(self) -> tuple[Signal, ...]:
+        """Teacher signals that the methods need, each once."""
+        needed = (signal for term in self.terms for signal in term.method.signals(self.shapes))
+        return tuple(dict.fromkeys(needed))
+
+    @property
+    def role(self) -> str:
+        """ "distilled", or "baseline" when no teacher signal is used."""
+        return "distilled" if self.signals else "baseline"
+
+    @property
+    def method(self) -> str:
+        """The methods as text, weights and options included."""
+        return ",".join(map(str, self.terms))
+
+    @cached_property
+    def has_gold(self) -> np.ndarray:
+        """bool [N] over the rows of all views."""
+        return np.concatenate([corpus.labels()[1] for corpus in self.corpora])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """[N] or [N, C] over the rows of all views."""
+        return np.concatenate([corpus.labels()[0] for corpus in self.corpora])
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """bool [N]: rows kept back for evaluation, with all variants of the same text."""
+        fraction = self.stage.validation_fraction
+        if not fraction:
+            return np.zeros(len(self.has_gold), bool)
+        ids = np.concatenate([_family_ids(corpus) for corpus in self.corpora])
+        return _uniform(ids, seed=self.stage.seed) < fraction
+
+    @cached_property
+    def is_original(self) -> np.ndarray:
+        """bool [N]: rows that no augmentation made."""
+        return np.concatenate([corpus.table["parent_id"].is_null().to_numpy() for corpus in self.corpora])
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that picks the checkpoint."""
+        given = self.stage.metric_for_best_model
+        if given is not None:
+            return given.removeprefix("eval_")
+        judged_by_gold = self.eval_corpus is not None or bool((self.held_out & self.has_gold).any())
+        return main_metric(self.task.kind) if judged_by_gold else AGREEMENT
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """Whether a greater value of that metric is better."""
+        return self.best_metric not in LOWER_IS_BETTER
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the inputs, by field name of the stage."""
+        views = [view.fingerprint for view in self.views]
+        found = {"view": views[0] if len(views) == 1 else fingerprint(views)}
+        if self.eval_corpus is not None:
+            found["eval_dataset"] = self.eval_corpus.fingerprint
+        if self.start.kind == "vectors":
+            found["init"] = _file_digest([Path(self.start.path).expanduser()])
+        if self.student.name == "checkpoint" and Path(self.stage.student).expanduser().is_dir():
+            found["student"] = _file_digest(sorted(Path(self.stage.student).expanduser().glob("*.*")))
+        return found
+
+
+def prepare(stage: TrainStudent) -> Preparation:
+    """Open and check what the stage names.
+
+    Raises:
+        UsageError: an unknown student, method, option, start or metric.
+        RefusedError: inputs that do not fit together; signals that a view does not hold, with the command that adds
+            them; no gold label where one is needed.
+    """
+    wanted = parse_methods(stage.method)
+    student = parse_student(stage.student)
+    start = student.default_start() if stage.init is None else parse_start(stage.init)
+
+    views = tuple(open_view(path) for path in stage.view)
+    teacher = TeacherFacts(views[0].store, _teacher_config(views[0]))
+    task, corpora = _task(views)
+    if stage.fp16 and student.refuses_float16:
+        raise UsageError(f"student {stage.student!r} overflows in float16", fix="use --bf16, or neither")
+    student.check(start, teacher, task)
+    token_widths, sentence_widths = student.widths(start, teacher, task)
+    shapes = Shapes(
+        task=task.kind,
+        num_labels=len(task.label_names),
+        token_widths=token_widths,
+        sentence_widths=sentence_widths,
+        teacher_layers=teacher.num_layers,
+        teacher_width=teacher.hidden_size,
+    )
+    needed = [signal for term in wanted for signal in term.method.signals(shapes)]
+    terms = (Term(1.0, Hard()),) if stage.baseline else wanted
+    prepared = Preparation(
+        stage=stage,
+        views=views,
+        corpora=corpora,
+        teacher=teacher,
+        task=task,
+        student=student,
+        start=start,
+        terms=terms,
+        shapes=shapes,
+        eval_corpus=_eval_corpus(stage, corpora[0].info, task),
+    )
+    _check_tokens(prepared, needed)
+    _check_coverage(prepared)
+    _check_gold(prepared)
+    _check_selection(prepared)
+    return prepared
+
+
+def _teacher_config(view: View) -> dict[str, object]:
+    file = view.store.sidecar_folder("config") / "config.json"
+    config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def _task(views: Sequence[View]) -> tuple[Task, tuple[Corpus, ...]]:
+    """The task that all views share, and their examples with labels numbered the teacher's way."""
+    infos = [CorpusInfo.from_json(dict(view.info)) for view in views]
+    kind = infos[0].task
+    names = _label_names(views[0], infos[0])
+    for view, info in zip(views[1:], infos[1:], strict=True):
+        differing = {
+            "task": (kind, info.task),
+            "text pairs": (infos[0].is_pair, info.is_pair),
+            "label names": (names, _label_names(view, info)),
+        }
+        lines = [f"{what}: {first} and {second}" for what, (first, second) in differing.items() if first != second]
+        if lines:
+            raise RefusedError(f"views {views[0].path} and {view.path} cannot be trained on together", details=lines)
+    corpora = []
+    for view, info in zip(views, infos, strict=True):
+        corpus = Corpus(view.examples, info)
+        corpora.append(corpus if kind == "regression" else corpus.with_label_names(names, task=kind))
+    return Task(kind, names, infos[0].is_pair), tuple(corpora)
+
+
+def _label_names(view: View, info: CorpusInfo) -> tuple[str, ...]:
+    """Names of the logits: the teacher's, or the corpus' for a teacher without a head."""
+    if info.task == "regression":
+        return ("LABEL_0",)
+    names = tuple(view.store.identity.capture.get("label_names") or info.label_names)
+    if not names:
+        raise RefusedError(
+            f"view {view.path} names no labels: its corpus has none, and its teacher has no classification head",
+            fix="cache a labelled corpus, or a fine-tuned teacher",
+        )
+    return names
+
+
+def _eval_corpus(stage: TrainStudent, info: CorpusInfo, task: Task) -> Corpus | None:
+    if stage.eval_dataset is None:
+        return None
+    label_column = stage.label_column or info.label_column
+    if label_column is None:
+        raise UsageError("--eval-dataset needs --label-column: the view's corpus had none")
+    source = DatasetSource(
+        dataset=stage.eval_dataset,
+        text_column=stage.text_column or info.text_column,
+        text_pair_column=stage.text_pair_column or info.text_pair_column,
+        label_column=label_column,
+        task=task.kind,
+    )
+    names = None if task.kind == "regression" else task.label_names
+    corpus = load_corpus(source, split_default="validation", label_names=names)
+    corpus = corpus.replaced(table=corpus.table.filter(corpus.table["has_gold"]))
+    if not len(corpus):
+        raise RefusedError(
+            f"--eval-dataset {stage.eval_dataset} has no labelled row", fix="give a split whose labels are published"
+        )
+    return corpus
+
+
+def _check_tokens(prepared: Preparation, needed: Sequence[Signal]) -> None:
+    """Token signals need a student that reads the teacher's tokens; several stores need one tokenizer and one shape."""
+    student, teacher = prepared.student, prepared.teacher
+    reads_tokens = student.reads_teacher_tokens(teacher)
+    of_tokens = [str(signal) for signal in needed if signal.kind.axis == "token"]
+    if of_tokens and not reads_tokens:
+        raise RefusedError(
+            f"signals of every token ({', '.join(of_tokens)}) need a student that reads the teacher's tokens, and "
+            f"{prepared.stage.student!r} has its own",
+            details=["fits any tokenizer: logits, hidden.cls, hidden.mean"],
+            fix="hidden-mse:at=cls or at=mean, or a student with the teacher's tokenizer",
+        )
+    for view in prepared.views[1:]:
+        if reads_tokens and view.store.identity.tokenizer != teacher.store.identity.tokenizer:
+            raise RefusedError(
+                f"views {prepared.views[0].path} and {view.path} were tokenised differently, and "
+                f"{prepared.stage.student!r} reads the teacher's tokens",
+                fix="train on one of them, or use --student bilstm:units=words",
+            )
+        config = _teacher_config(view)
+        found = (config["num_hidden_layers"], config["hidden_size"])
+        if any(signal.layer is not None for signal in needed) and found != (teacher.num_layers, teacher.hidden_size):
+            raise RefusedError(
+                f"views {prepared.views[0].path} and {view.path} have teachers of other shapes, and a method needs "
+                "hidden states",
+                details=[f"layers, width: {teacher.num_layers}, {teacher.hidden_size} and {found[0]}, {found[1]}"],
+            )
+
+
+def _check_coverage(prepared: Preparation) -> None:
+    """Every row of every view has every signal that the methods need."""
+    for view in prepared.views:
+        reader = view.reader
+        missing = [signal for signal in prepared.signals if not reader.has(signal, view.rows).all()]
+        if not missing:
+            continue
+        needed_by = {
+            term.method.name for term in prepared.terms for s in term.method.signals(prepared.shapes) if s in missing
+        }
+        lines = [f"{s}: {int((~reader.has(s, view.rows)).sum())} of {len(view)} rows lack it" for s in missing]
+        raise RefusedError(
+            f"method {' and '.join(repr(name) for name in sorted(needed_by))} needs signals that view {view.path} "
+            "does not hold",
+            details=[*lines, f"held: {', '.join(map(str, view.signals))}"],
+            fix=_capture_command(view, missing),
+        )
+
+
+def _capture_command(view: View, missing: Sequence[Signal]) -> str:
+    """The command that made the view, with the missing signals added."""
+    signals = ",".join(map(str, dict.fromkeys([*view.signals, *missing])))
+    try:
+        from ...pipeline.config import command_line, parse_values
+        from ..cache_teacher import CacheTeacher
+
+        config = open_artifact(view.path, kind="view").manifest["config"]
+        stage = CacheTeacher(**parse_values(CacheTeacher, {**config, "signals": signals}, named=str))
+        return f"{shlex.join(command_line(stage))} --overwrite"
+    except (KdError, KeyError, TypeError):
+        return f"run kd cache-teacher again on the same corpus and store with --signals {signals}"
+
+
+def _check_gold(prepared: Preparation) -> None:
+    """A method on gold labels needs at least one in the training rows."""
+    if not any(isinstance(term.method, Hard) for term in prepared.terms):
+        return
+    if not (prepared.has_gold & ~prepared.held_out).any():
+        who = "--baseline" if prepared.stage.baseline else "method 'hard'"
+        raise RefusedError(
+            f"{who} needs gold labels, and no training row of {', '.join(prepared.stage.view)} has one",
+            fix="leave it out, or cache a corpus with labels",
+        )
+
+
+def _check_selection(prepared: Preparation) -> None:
+    """The metric that picks the checkpoint can be computed on the rows there are."""
+    stage = prepared.stage
+    if not stage.has_eval:
+        return
+    of_teacher = stage.validation_fraction > 0 and prepared.role == "distilled"
+    if stage.validation_fraction:
+        held_out = prepared.held_out & prepared.is_original
+        if not held_out.any() or prepared.held_out.all():
+            raise RefusedError(
+                f"--validation-fraction {stage.validation_fraction:g} holds back {int(prepared.held_out.sum())} of "
+                f"{len(held_out)} rows",
+                fix="give another fraction, or --eval-dataset",
+            )
+        if not of_teacher and not (held_out & prepared.has_gold).any():
+            raise RefusedError(
+                "the rows held back have no gold label, and a baseline cannot be judged by the teacher",
+                fix="give --eval-dataset, or a greater --validation-fraction",
+            )
+    if prepared.best_metric == AGREEMENT:
+        if not of_teacher:
+            raise UsageError(
+                "--metric-for-best-model agreement compares with the teacher on rows held back",
+                details=[f"metrics here: {', '.join(metric_names(prepared.task.kind, len(prepared.task.label_names)))}"],
+                fix="use it with --validation-fraction and without --baseline",
+            )
+        missing = [view for view in prepared.views if not view.reader.has("logits", view.rows).all()]
+        if missing:
+            raise RefusedError(
+                f"the rows held back can only be judged by the teacher's logits, which view {missing[0].path} lacks",
+                fix=_capture_command(missing[0], [Signal("logits")]),
+            )
+        return
+    check_metric(prepared.best_metric, prepared.task.kind, len(prepared.task.label_names))
+
+
+def _family_ids(corpus: Corpus) -> np.ndarray:
+    """uint64 [N]: a hash of the original text that a row is, or was made from."""
+    import pyarrow.compute as pc
+
+    column = pc.coalesce(corpus.table["parent_id"], corpus.table["example_id"]).combine_chunks()
+    raw = np.frombuffer(b"".join(column.to_pylist()), np.uint64)
+    return raw.reshape(len(column), 2)[:, 0]
+
+
+def _uniform(ids_N: np.ndarray, *, seed: int) -> np.ndarray:
+    """float64 [N] from 0 to below 1, a hash of id and seed (the finaliser of splitmix64)."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    with np.errstate(over="ignore"):
+        mixed = ids_N ^ np.frombuffer(digest, np.uint64)[0]
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(11)) * 2.0**-53
+
+
+def _file_digest(files: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(f"{file.name}:".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+

@@ -1,0 +1,197 @@
+"""Training and evaluation rows as batches: token ids, gold labels and teacher signals of the same examples.
+
+Rows of several views stand one after another; each keeps its own store. A batch is gathered by row number, so every
+student row meets its own teacher row whatever the order.
+
+Dimension key: N rows, B rows of a batch, T padded length, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ...pipeline.ragged import Ragged
+from ...pipeline.store.reader import StoreReader
+from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
+
+Batch = dict[str, Any]
+
+
+class TokenSource(Protocol):
+    """Where the student's token ids come from."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N] tokens per row."""
+        ...
+
+    def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Padded ids [B, T] (0 after the end), lengths [B], and segment ids [B, T] if asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoreRows:
+    """Rows of one or several stores, one after another.
+
+    Attributes:
+        readers: one per store.
+        rows: per reader, int64 row numbers in its store.
+    """
+
+    readers: Sequence[StoreReader]
+    rows: Sequence[np.ndarray]
+    _starts: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.rows)]))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def parts(self, index_B: np.ndarray) -> Iterator[tuple[StoreReader, np.ndarray, np.ndarray]]:
+        """Per store that the batch touches: its reader, the rows in it, and their places in the batch."""
+        if len(self.readers) == 1:
+            yield self.readers[0], self.rows[0][index_B], np.arange(len(index_B))
+            return
+        source_B = np.searchsorted(self._starts, index_B, side="right") - 1
+        for source in np.unique(source_B).tolist():
+            places = np.flatnonzero(source_B == source)
+            yield self.readers[source], self.rows[source][index_B[places] - self._starts[source]], places
+
+    def gather(self, signal: Signal, index_B: np.ndarray) -> np.ndarray:
+        """[B, ...] a signal with one entry per row."""
+        return _merged([(reader.gather(signal, rows), places) for reader, rows, places in self.parts(index_B)])
+
+    def gather_tokens(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[B, T, ...] a signal with one entry per token, zeros after a row's end, and lengths int64 [B]."""
+        found = [(*reader.gather_tokens(signal, rows), places) for reader, rows, places in self.parts(index_B)]
+        lengths = _merged([(lengths, places) for _, lengths, places in found])
+        width = int(lengths.max(initial=0))
+        padded = [(_widened(values, width), places) for values, _, places in found]
+        return _merged(padded), lengths
+
+
+def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0][0]
+    merged = np.empty(
+        (sum(len(places) for _, places in parts), *parts[0][0].shape[1:]), np.result_type(*(v for v, _ in parts))
+    )
+    for values, places in parts:
+        merged[places] = values
+    return merged
+
+
+def _widened(values: np.ndarray, width: int) -> np.ndarray:
+    if values.shape[1] == width:
+        return values
+    wide = np.zeros((values.shape[0], width, *values.shape[2:]), values.dtype)
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """The token ids that the teacher read, from the store: nothing is tokenised again."""
+
+    stored: StoreRows
+    lengths: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = [reader.lengths(rows) for reader, rows in zip(self.stored.readers, self.stored.rows, strict=True)]
+        object.__setattr__(self, "lengths", np.concatenate(parts))
+
+    def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        ids, lengths = self.stored.gather_tokens(TOKEN_IDS, index_B)
+        return ids, lengths, self.stored.gather_tokens(SEGMENT_IDS, index_B)[0] if segments else None
+
+
+@dataclass(frozen=True)
+class TokensInMemory:
+    """Token ids of the student's own tokenizer."""
+
+    token_ids: Ragged
+    segment_ids: Ragged
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.token_ids.lengths
+
+    def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        ids = self.token_ids.take(index_B)
+        return ids.to_padded(), ids.lengths, self.segment_ids.take(index_B).to_padded() if segments else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a student learns from or is evaluated on.
+
+    Attributes:
+        tokens: its input.
+        labels: int64 [N], float32 [N] or float32 [N, C] by task; anything where there is no gold.
+        has_gold: bool [N].
+        pad_token_id: what fills up the input.
+        with_segments: whether the model takes segment ids.
+        stored: where the teacher's signals are; None when no method needs one.
+        signals: the signals of a batch.
+    """
+
+    tokens: TokenSource
+    labels: np.ndarray
+    has_gold: np.ndarray
+    pad_token_id: int
+    with_segments: bool = False
+    stored: StoreRows | None = None
+    signals: tuple[Signal, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index_B: np.ndarray) -> Batch:
+        """One batch as torch tensors on the CPU.
+
+        Returns:
+            `inputs` (keyword arguments of the student: ids and masks int64 [B, T]), `labels`, `has_gold` [B] and
+            `signals` (teacher tensors by `str(signal)`, in the stored dtype; token states are zero after a row's end).
+        """
+        ids, lengths, segments = self.tokens.gather(index_B, segments=self.with_segments)
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        ids = ids.astype(np.int64)
+        if self.pad_token_id:
+            ids[~mask] = self.pad_token_id
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        if segments is not None:
+            inputs["token_type_ids"] = torch.from_numpy(segments.astype(np.int64))
+        return {
+            "inputs": inputs,
+            "labels": torch.from_numpy(self.labels[index_B]),
+            "has_gold": torch.from_numpy(self.has_gold[index_B]),
+            "signals": self._signals(index_B),
+        }
+
+    def _signals(self, index_B: np.ndarray) -> Mapping[str, torch.Tensor]:
+        if self.stored is None:
+            return {}
+        found = {}
+        for signal in self.signals:
+            if signal.kind.axis == "token":
+                values, _ = self.stored.gather_tokens(signal, index_B)
+            else:
+                values = self.stored.gather(signal, index_B)
+            found[str(signal)] = torch.from_numpy(values)
+        return found
+
+    def seen_tokens(self, index: np.ndarray, vocab_size: int, *, rows_at_once: int = 4096) -> np.ndarray:
+        """Ids that occur in the rows `index`, rising."""
+        seen = np.zeros(vocab_size, bool)
+        by_length = index[np.argsort(self.tokens.lengths[index], kind="stable")]
+        for start in range(0, len(by_length), rows_at_once):
+            ids, lengths, _ = self.tokens.gather(by_length[start : start + rows_at_once], segments=False)
+            seen[ids[np.arange(ids.shape[1]) < lengths[:, None]]] = True
+        return np.flatnonzero(seen)

@@ -1,0 +1,254 @@
+"""What a student is: an architecture with options, how it starts, and which of its outputs a method may watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ....pipeline.errors import RefusedError, UsageError, near_match
+from ....pipeline.store.store import TeacherStore
+from ..registry import Registry, split_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..methods.base import StudentOutputs
+
+PROBLEM_TYPE = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+START_KINDS = ("random", "embeddings", "vectors", "layers")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a student's weights begin.
+
+    Attributes:
+        kind: "random", "embeddings" (the teacher's word table), "vectors" (a file of word vectors) or "layers" (blocks
+            of the teacher, with its embeddings and, where shapes allow, its head).
+        path: of the vectors.
+        layers: teacher blocks, counted from 1, for the student's blocks 1, 2, ...
+    """
+
+    kind: str
+    path: str = ""
+    layers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "vectors":
+            return f"vectors:{self.path}"
+        return "layers:" + "+".join(map(str, self.layers)) if self.kind == "layers" else self.kind
+
+
+def parse_start(text: str) -> Start:
+    """A start from its text: `random`, `embeddings`, `vectors:FILE` or `layers:1+3+5`.
+
+    Raises:
+        UsageError: anything else, with near matches.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind not in START_KINDS:
+        raise UsageError(f"unknown start {text!r}{near_match(kind, START_KINDS)}")
+    if kind == "vectors" and rest:
+        return Start(kind, path=rest)
+    if kind == "layers" and rest and all(piece.isdecimal() and int(piece) > 0 for piece in rest.split("+")):
+        return Start(kind, layers=tuple(int(piece) for piece in rest.split("+")))
+    if kind in ("random", "embeddings") and not colon:
+        return Start(kind)
+    expected = {"vectors": "vectors:FILE", "layers": "layers:1+3+5, blocks counted from 1"}.get(kind, kind)
+    raise UsageError(f"start {text!r} cannot be read; expected {expected}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the student is to predict.
+
+    Attributes:
+        kind: "single-label", "multi-label" or "regression".
+        label_names: names of the logits in their order; one name for regression.
+        pair: whether examples have two texts.
+    """
+
+    kind: str
+    label_names: tuple[str, ...]
+    pair: bool
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of a transformers config that say so."""
+        return {
+            "num_labels": len(self.label_names),
+            "id2label": dict(enumerate(self.label_names)),
+            "label2id": {name: index for index, name in enumerate(self.label_names)},
+            "problem_type": PROBLEM_TYPE[self.kind],
+        }
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a student may know of the teacher, all of it from the store.
+
+    Attributes:
+        store: that its outputs are in.
+        config: the fields of its config.json.
+    """
+
+    store: TeacherStore
+    config: Mapping[str, Any]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input that the teacher was shown."""
+        return int(self.store.identity.capture["max_length"])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.store.sidecar_folder("tokenizer")), local_files_only=True)
+
+    def require_sidecars(self, *names: str, needed_by: str) -> None:
+        """Refuse unless the store keeps these teacher tensors.
+
+        Raises:
+            RefusedError: naming the missing ones and the command that adds them.
+        """
+        missing = [name for name in names if not self.store.has_sidecar(name)]
+        if missing:
+            raise RefusedError(
+                f"{needed_by} needs teacher tensors that store {self.store.url} does not keep: {', '.join(missing)}",
+                fix=f"run kd cache-teacher again with --sidecars {','.join(names)}, or train with --init random",
+            )
+
+    def tensors(self, sidecar: str) -> dict[str, np.ndarray]:
+        """Tensors of a sidecar in float32, by their names in the teacher."""
+        return {name: np.asarray(value, np.float32) for name, value in self.store.sidecar(sidecar).items()}
+
+    def word_table(self) -> np.ndarray:
+        """[vocab_size, hidden] float32: the teacher's word embeddings."""
+        tensors = self.tensors("embeddings")
+        for name, value in tensors.items():
+            if name.endswith(("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight", "wte.weight")):
+                return value
+        raise RefusedError(
+            f"sidecar 'embeddings' of store {self.store.url} has no table of word embeddings",
+            details=sorted(tensors),
+            fix="train with --init random",
+        )
+
+
+@dataclass(frozen=True)
+class Build:
+    """A student at its start.
+
+    Attributes:
+        model: what is trained and exported.
+        start: facts about the start, for `metrics.json`.
+    """
+
+    model: PreTrainedModel
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Student:
+    """Base of the students. A subclass is a frozen dataclass of options, entered with `@students.register(name)`."""
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    """Where the architecture is from."""
+    starts: ClassVar[tuple[str, ...]] = ("random",)
+    """Kinds of start it can make; the first is its default."""
+    training: ClassVar[Mapping[str, Any]] = {}
+    """`TrainingArguments` it does well with, for what the user leaves open."""
+
+    def reads_teacher_tokens(self, teacher: TeacherFacts) -> bool:
+        """Whether its input is the token ids that the teacher read, as the store keeps them."""
+        return True
+
+    @property
+    def refuses_float16(self) -> bool:
+        """Whether float16 autocast breaks it."""
+        return False
+
+    def default_start(self) -> Start:
+        """How it starts unless told otherwise."""
+        return Start(self.starts[0])
+
+    def check(self, start: Start, teacher: TeacherFacts, task: Task) -> None:
+        """Refuse what cannot work, before anything is built. Overrides call it first.
+
+        Raises:
+            UsageError, RefusedError: naming the option and what to change.
+        """
+        if start.kind not in self.starts:
+            raise UsageError(f"student {self.name!r} cannot start from {start}; it knows {', '.join(self.starts)}")
+        if start.kind in ("embeddings", "layers"):
+            teacher.require_sidecars(
+                "embeddings", *(["layers"] if start.kind == "layers" else []), needed_by=f"--init {start}"
+            )
+
+    def widths(self, start: Start, teacher: TeacherFacts, task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths of token states and of sentence vectors, for layers 0 (embeddings) to L."""
+        raise NotImplementedError
+
+    def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
+        """The student's tokenizer; `texts` gives the training texts when it has to be learned."""
+        return teacher.tokenizer
+
+    def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
+        """The student at its start; what the start leaves open is drawn from torch's global generator."""
+        raise NotImplementedError
+
+    def watch(self, model_output: Any, mask_BT: Tensor) -> StudentOutputs:
+        """What the methods may read of one forward pass."""
+        raise NotImplementedError
+
+
+students: Registry[Student] = Registry("student")
+
+
+def parse_student(text: str) -> Student:
+    """A student from its text: `name[:option=value]...`, or a checkpoint by path or hub id.
+
+    Raises:
+        UsageError: an unknown option (near matches are named), or neither a name nor anything like a checkpoint.
+    """
+    from .checkpoint import Checkpoint
+
+    if Path(text).expanduser().is_dir():
+        return Checkpoint(path=text)
+    name, words, options = split_options(text, "student")
+    if name not in students and not options and not words and "/" in text:
+        return Checkpoint(path=text)
+    if words:
+        raise UsageError(f"{words[0]!r} in the student {text!r} is no option", fix="options are written key=value")
+    return students.make(name, options)
+
+
+def first_token_outputs(model_output: Any, mask_BT: Tensor) -> StudentOutputs:
+    """What a transformer encoder shows: its hidden states, with the first token's as sentence vector."""
+    from ..methods.base import StudentOutputs
+
+    states = tuple(model_output.hidden_states or ())
+    return StudentOutputs(model_output.logits, mask_BT, states, lambda layer: states[layer][:, 0])

@@ -1,0 +1,171 @@
+"""Student `bert`: a BERT of any width and depth, from the teacher's embeddings or layers where they fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....pipeline.errors import RefusedError, UsageError
+from .base import Build, Start, Student, Task, TeacherFacts, first_token_outputs, students
+from .starts import fitted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..methods.base import StudentOutputs
+
+
+@students.register("bert")
+@dataclass(frozen=True, kw_only=True)
+class Bert(Student):
+    """BERT with fewer or narrower layers, over the teacher's tokens.
+
+    Options: `hidden_size` 0 takes the teacher's width, `heads` 0 one per 64 features (one per 32 below a width of
+    512), `intermediate_size` 0 four times the width, `num_layers` 0 as many as the start names, else 3.
+
+    Starts: `embeddings` copies the teacher's word, position and segment tables and their LayerNorm, the word table
+    reduced to its leading directions for a narrower student; `layers:1+3+5` also copies those blocks of a BERT
+    teacher of the same width, and its pooler and classifier where the store keeps them and their shapes fit.
+    """
+
+    source = "Devlin et al., BERT, arXiv 1810.04805; sizes as in Turc et al., Well-Read Students, arXiv 1908.08962"
+    starts: ClassVar[tuple[str, ...]] = ("embeddings", "random", "layers")
+    training: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 32,
+        "num_train_epochs": 5,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.1,
+    }
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    heads: int = 0
+    intermediate_size: int = 0
+    dropout: float = 0.1
+
+    def _num_layers(self, start: Start) -> int:
+        return self.num_layers or len(start.layers) or 3
+
+    def _width(self, teacher: TeacherFacts) -> int:
+        return self.hidden_size or teacher.hidden_size
+
+    def _heads(self, start: Start, teacher: TeacherFacts) -> int:
+        if self.heads:
+            return self.heads
+        if start.kind == "layers":
+            return int(teacher.config["num_attention_heads"])
+        width = self._width(teacher)
+        return max(1, width // (64 if width >= 512 else 32))
+
+    def check(self, start: Start, teacher: TeacherFacts, task: Task) -> None:
+        super().check(start, teacher, task)
+        width, heads = self._width(teacher), self._heads(start, teacher)
+        if width % heads:
+            raise UsageError(f"student 'bert' has width {width}, which {heads} heads do not divide", fix="give heads=N")
+        if start.kind == "embeddings" and width > teacher.hidden_size:
+            raise UsageError(
+                f"student 'bert' has width {width}, and the teacher's embeddings have {teacher.hidden_size}",
+                fix="--init random, or a smaller hidden_size",
+            )
+        if start.kind != "layers":
+            return
+        if teacher.config.get("model_type") != "bert":
+            raise RefusedError(
+                f"--init {start} copies blocks of a BERT, and the teacher is a {teacher.config.get('model_type')}",
+                fix="--init embeddings",
+            )
+        if width != teacher.hidden_size or heads != int(teacher.config["num_attention_heads"]):
+            raise UsageError(
+                f"--init {start} needs the teacher's shape: width {teacher.hidden_size} and "
+                f"{teacher.config['num_attention_heads']} heads, not {width} and {heads}",
+                fix="leave hidden_size and heads out",
+            )
+        if self.intermediate_size not in (0, int(teacher.config["intermediate_size"])):
+            raise UsageError(f"--init {start} needs the teacher's intermediate_size", fix="leave intermediate_size out")
+        if max(start.layers) > teacher.num_layers:
+            raise UsageError(f"--init {start}: the teacher has layers 1 to {teacher.num_layers}")
+        if self.num_layers not in (0, len(start.layers)):
+            raise UsageError(f"--init {start} names {len(start.layers)} layers, and num_layers is {self.num_layers}")
+
+    def widths(self, start: Start, teacher: TeacherFacts, task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        widths = (self._width(teacher),) * (self._num_layers(start) + 1)
+        return widths, widths
+
+    def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        width = self._width(teacher)
+        copied = start.kind == "layers"
+        config = BertConfig(
+            vocab_size=teacher.vocab_size,
+            hidden_size=width,
+            num_hidden_layers=self._num_layers(start),
+            num_attention_heads=self._heads(start, teacher),
+            intermediate_size=self.intermediate_size
+            or (int(teacher.config["intermediate_size"]) if copied else 4 * width),
+            hidden_act=str(teacher.config["hidden_act"]) if copied else "gelu",
+            max_position_embeddings=max(teacher.max_tokens, int(teacher.config.get("max_position_embeddings", 0))),
+            type_vocab_size=max(2, int(teacher.config.get("type_vocab_size", 2))),
+            pad_token_id=tokenizer.pad_token_id or 0,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            **task.config_fields(),
+        )
+        model = BertForSequenceClassification(config)
+        if start.kind == "random":
+            return Build(model)
+        return Build(model, {"tensors_from_teacher": copy_into(model, self._start_tensors(start, teacher, width))})
+
+    def _start_tensors(self, start: Start, teacher: TeacherFacts, width: int) -> dict[str, np.ndarray]:
+        """Teacher tensors by their names in the student."""
+        tensors = {
+            name: value
+            for name, value in _without_prefix(teacher.tensors("embeddings")).items()
+            # Positions and LayerNorm belong to the full width; a reduced table is normalised anew.
+            if width == teacher.hidden_size or name == "embeddings.word_embeddings.weight"
+        }
+        tensors["embeddings.word_embeddings.weight"] = fitted(
+            teacher.word_table(), width, what="the teacher's word table"
+        )
+        if start.kind == "layers":
+            blocks = _without_prefix(teacher.tensors("layers"))
+            for index, teacher_layer in enumerate(start.layers):
+                prefix = f"encoder.layer.{teacher_layer - 1}."
+                found = {name: value for name, value in blocks.items() if name.startswith(prefix)}
+                if not found:
+                    raise RefusedError(f"sidecar 'layers' of store {teacher.store.url} has no tensors of layer {teacher_layer}")
+                tensors |= {f"encoder.layer.{index}.{name.removeprefix(prefix)}": value for name, value in found.items()}
+            if teacher.store.has_sidecar("head"):
+                tensors |= _without_prefix(teacher.tensors("head"))
+        return tensors
+
+    def watch(self, model_output: Any, mask_BT: Tensor) -> StudentOutputs:
+        return first_token_outputs(model_output, mask_BT)
+
+
+def _without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {re.sub(r"^(bert|base_model|model)\.", "", name): value for name, value in tensors.items()}
+
+
+def copy_into(model: PreTrainedModel, tensors: Mapping[str, np.ndarray]) -> int:
+    """Copy tensors into the parameters of a model that have their name (after its base prefix) and shape.
+
+    Returns:
+        How many were copied.
+    """
+    import torch
+
+    prefix = model.base_model_prefix + "."
+    copied = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = tensors.get(name.removeprefix(prefix))
+            if value is not None and tuple(value.shape) == tuple(parameter.shape):
+                parameter.copy_(torch.from_numpy(value))
+                copied += 1
+    return copied

@@ -1,0 +1,215 @@
+"""Training a student on Hugging Face's `Trainer`: the weighted loss, batches by step number, evaluation on whole sets.
+
+Dimension key: B rows of a batch, T padded length, N rows, C classes or labels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from ...pipeline.errors import RefusedError
+from .loader import BatchLoader, gather_ahead
+from .methods.base import Shapes, Targets, Term
+from .order import BatchOrder
+from .rows import Batch, Rows
+from .students.base import Student
+
+Metrics = dict[str, float]
+
+
+class Distillation(nn.Module):
+    """A student, the projections of its methods, and the weighted sum of their losses.
+
+    Checkpoints hold all of it; the export is `student` alone.
+
+    Args:
+        student: the model.
+        family: knows which of its outputs methods may watch.
+        terms: methods and their weights.
+        shapes: of both models.
+    """
+
+    # Otherwise the Trainer takes the loss for a sum over tokens and does not divide it by the accumulated passes.
+    accepts_loss_kwargs = False
+
+    def __init__(self, student: PreTrainedModel, family: Student, terms: Sequence[Term], shapes: Shapes) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = nn.ModuleList(term.method.projections(shapes) for term in terms)
+        self._family, self._terms, self._shapes = family, tuple(terms), shapes
+        self._watches = any(name != "logits" for term in terms for name in term.method.reads(shapes))
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        has_gold: Tensor,
+        signals: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """`loss` (scalar, weighted sum) and `terms` (scalars by name, each without its weight), for one batch."""
+        extra = {"output_hidden_states": True} if self._watches else {}
+        output = self.student(**inputs, **extra)
+        outputs = self._family.watch(output, inputs["attention_mask"].bool())
+        targets = Targets(signals or {}, labels, has_gold)
+        terms: dict[str, Tensor] = {}
+        loss = outputs.logits_BC.new_zeros((), dtype=torch.float32)
+        for number, (term, projections) in enumerate(zip(self._terms, self.projections, strict=True)):
+            assert isinstance(projections, nn.ModuleDict)
+            for name, value in term.method.loss(outputs, targets, projections, self._shapes).items():
+                loss = loss + term.weight * value
+                terms[name if name not in terms else f"{name}#{number + 1}"] = value.detach()
+        return {"loss": loss, "terms": terms}
+
+
+class StudentTrainer(Trainer):
+    """A `Trainer` over a `Distillation`.
+
+    Args:
+        rows: to train on.
+        order: in which order.
+        first_step: optimiser steps that an interrupted run has done.
+        eval_rows: to evaluate on, or None.
+        score: metrics from logits [N, C] on the evaluation rows, in their order.
+        arguments: as those of `Trainer` (`model`, `args`, `callbacks`, ...).
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Rows,
+        order: BatchOrder,
+        first_step: int = 0,
+        eval_rows: Rows | None = None,
+        score: Callable[[np.ndarray], Metrics] | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(train_dataset=rows, eval_dataset=eval_rows, data_collator=_as_it_is, **arguments)
+        threads = self.args.dataloader_num_workers
+        self.loader = BatchLoader(rows, order, first_step=first_step, threads=threads)
+        self.clock = _Clock(order)
+        self.add_callback(self.clock)
+        self._score = score
+        self._sums: dict[str, Tensor] = {}
+        self._num_summed = 0
+
+    # --- batches -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """The loader; it is not prepared by accelerate, which would share its batches out again."""
+        return self.loader
+
+    # --- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted loss of a batch; its terms are kept for the log."""
+        outputs = model(**inputs)
+        for name, value in outputs["terms"].items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._num_summed += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss term since the last log.
+
+        Raises:
+            RefusedError: the loss is not a finite number any more.
+        """
+        if "loss" in logs and self._num_summed:
+            logs |= {f"loss/{name}": float(total) / self._num_summed for name, total in self._sums.items()}
+            self._sums, self._num_summed = {}, 0
+            broken = [name for name, value in logs.items() if name.startswith("loss") and not np.isfinite(value)]
+            if broken:
+                raise RefusedError(
+                    f"training diverged: {', '.join(broken)} is not finite at step {self.state.global_step}",
+                    fix="lower --learning-rate, or clip with --max-grad-norm",
+                )
+        super().log(logs, start_time)
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> Metrics:
+        """Metrics of the student on all evaluation rows at once, in float32 whatever training runs in.
+
+        Every rank evaluates all rows, so that all come to the same decision.
+        """
+        assert self._score is not None and isinstance(self.eval_dataset, Rows)
+        started = time.perf_counter()
+        found = self._score(self.predict_logits(self.eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict_logits(self, rows: Rows) -> np.ndarray:
+        """float32 [N, C] logits of the student in row order."""
+        distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return predict_logits(
+            distillation.student, rows, batch_size=self.args.per_device_eval_batch_size, device=self.args.device
+        )
+
+
+def predict_logits(
+    student: PreTrainedModel, rows: Rows, *, batch_size: int, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """float32 [N, C] logits in row order; rows are batched by length."""
+    was_training = student.training
+    student.eval().to(device)
+    order = np.argsort(rows.tokens.lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    logits_NC = np.empty((len(rows), student.config.num_labels), np.float32)
+    with torch.inference_mode():
+        for index, batch in zip(batches, gather_ahead(rows, batches), strict=True):
+            inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
+            logits_NC[index] = student(**inputs).logits.float().cpu().numpy()
+    student.train(was_training)
+    return logits_NC
+
+
+class _Clock(TrainerCallback):
+    """Times the steps, and tells the epoch from the step alone, so that it survives a resume in mid-epoch."""
+
+    def __init__(self, order: BatchOrder) -> None:
+        self.step_s = 0.0
+        self.num_steps = 0
+        self._order = order
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_s += time.perf_counter() - self._started
+        self.num_steps += 1
+        state.epoch = state.global_step / self._order.steps_per_epoch
+
+
+class StopAtSignal(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once `stop` has been called."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def stop(self, *_: Any) -> None:
+        """A signal handler."""
+        self.stopped = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
