@@ -82,13 +82,19 @@ class StoreFiles:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def walk(self, name: str = "") -> set[str]:
+        """Paths of all files below a folder, relative to it."""
+        top = self.path(name) if name else str(self.root)
+        return {os.path.relpath(os.path.join(folder, file), top) for folder, _, names in os.walk(top) for file in names}
+
     def read(self, name: str, *, limit: int = SMALL_FILE_BYTES) -> bytes:
         """The whole of a file that has at most `limit` bytes; VerificationError when it has more."""
         with open(self.readable(name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise VerificationError(f"{self.path(name)} has {size} bytes; at most {limit} are expected")
-            return file.read(limit + 1)
+            # Not `limit`: a buffered reader allocates as much as it is asked for.
+            return file.read(size + 1)
 
     def blocks(self, name: str, block_bytes: int = 1 << 22) -> Iterator[bytes]:
         """The bytes of a file, block by block."""
@@ -184,7 +190,15 @@ class Staged:
             os.link(self.temporary, self.final)
         except FileExistsError:
             return False
-        os.unlink(self.temporary)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # No hard links here (some network and FUSE mounts): the store's lock has to do.
+            if os.path.lexists(self.final):
+                return False
+            os.rename(self.temporary, self.final)
+        else:
+            os.unlink(self.temporary)
         self._close()
         sync_folder(os.path.dirname(self.final))
         return True

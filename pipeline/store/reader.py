@@ -7,6 +7,7 @@ zarr, whole shards at a time into a bounded cache.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from ..ragged import IntArray
 from .files import StoreFiles
 from .index import RowIndex
 from .keys import Keys
-from .layout import StoreLayout
+from .layout import GROUP_FILE, StoreLayout
 from .mapping import SUPPORTED, ShardMap
 from .records import HEAD_BYTES, Catalogue, FileRecord
 from .shard import decode_index, is_contiguous
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .store import TeacherStore
 
 Array = npt.NDArray[Any]
+HARMLESS_CODECS = ("blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd")
+"""Those of the Zarr v3 specification; others could be anything that is installed."""
 CACHE_BYTES = 1 << 30
 """Whole shards kept in memory by readers of arrays that cannot be mapped."""
 
@@ -86,7 +89,7 @@ def read_shard(files: StoreFiles, layout: StoreLayout, file: FileRecord, entries
     """
     path = check_file(files, file)
     if proves_contiguous(path, layout, file, entries):
-        count = entries * int(np.prod(file.spec.shape, dtype=np.int64))
+        count = entries * math.prod(file.spec.shape)
         values = np.fromfile(path, dtype=np.dtype(file.spec.dtype).newbyteorder("<"), count=count)
         return values.reshape(entries, *file.spec.shape)
     return _read_through_zarr(files, layout, file, entries)
@@ -95,25 +98,35 @@ def read_shard(files: StoreFiles, layout: StoreLayout, file: FileRecord, entries
 def _read_through_zarr(files: StoreFiles, layout: StoreLayout, file: FileRecord, entries: int) -> Array:
     import zarr
 
-    spec = file.spec
-    start = file.shard * layout.capacity(spec.axis)
+    spec, capacity = file.spec, layout.capacity(file.spec.axis)
     try:
+        metadata = json.loads(files.read(f"{spec.path}/{GROUP_FILE}"))
+        _require_harmless(metadata, spec, capacity)
         array = zarr.open_array(f"{files.root}/{spec.path}", mode="r", zarr_format=3)
-        if (array.shape[1:], str(array.dtype)) != (spec.shape, spec.dtype):
-            raise ValueError(
-                f"it holds {array.dtype} {list(array.shape[1:])}, recorded {spec.dtype} {list(spec.shape)}"
-            )
-        values = np.asarray(array[start : start + entries])
+        values = np.asarray(array[file.shard * capacity : file.shard * capacity + entries])
     except Exception as error:  # whatever a codec raises on bytes that are not its own
         raise VerificationError(
-            f"{spec.signal}, shard {file.shard}: {file.file} cannot be read: {error}",
+            f"{spec.signal}, shard {file.shard}: {file.file} cannot be read through zarr: {error}",
             fix=f"see all damage with: kd store verify {files.url}",
         ) from error
     # Zarr reads an absent chunk as fill values without a word, and no stored entry is one.
     absent = np.isnan(values) if values.dtype.kind == "f" else values == np.iinfo(values.dtype).max
-    if len(values) != entries or absent.any():
+    if values.shape != (entries, *spec.shape) or values.dtype != spec.dtype or absent.any():
         raise VerificationError(f"{spec.signal}, shard {file.shard}: {file.file} lacks some of its {entries} entries")
     return values
+
+
+def _require_harmless(metadata: Any, spec: ArraySpec, capacity: int) -> None:
+    """ValueError unless zarr.json describes this array, in chunks no larger than a shard, with known codecs."""
+    chunk_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    found = {"shape": metadata["shape"][1:], "dtype": metadata["data_type"], "chunk": chunk_shape[1:]}
+    if found != {"shape": [*spec.shape], "dtype": spec.dtype, "chunk": [*spec.shape]} or chunk_shape[0] > capacity:
+        raise ValueError(f"zarr.json describes {metadata['data_type']} in chunks of {chunk_shape}")
+    codecs = [*metadata["codecs"]]
+    for codec in codecs:
+        if codec["name"] not in HARMLESS_CODECS:
+            raise ValueError(f"zarr.json asks for the codec {codec['name']!r}")
+        codecs += codec.get("configuration", {}).get("codecs", [])
 
 
 class _Array:

@@ -200,7 +200,10 @@ def _require_intact(files: StoreFiles, sidecar: Sidecar) -> None:
 
 def verify_sidecar(files: StoreFiles, sidecar: Sidecar) -> list[Problem]:
     """What is wrong with the files of a sidecar."""
-    problems = []
+    problems = [
+        Problem(None, f"sidecar {sidecar.name}", sidecar.path(file), "its record does not name it")
+        for file in sorted(files.walk(f"{SIDECARS}/{sidecar.name}") - {RECORD} - set(sidecar.files))
+    ]
     for file, (size, expected) in sidecar.files.items():
         path = sidecar.path(file)
         try:

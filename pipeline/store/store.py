@@ -418,7 +418,7 @@ class TeacherStore:
     def prepare(self) -> None:
         """Make groups and input arrays whole again after a kill. Hold the lock."""
         if not self.files.exists(GROUP_FILE):
-            self.files.create(GROUP_FILE, metadata_bytes(group_metadata()))
+            self.files.write(GROUP_FILE, [metadata_bytes(group_metadata())])
         num_shards = max([self.catalogue().num_shards, *(n for _, n in self._array_metadata().values())])
         for spec in self.layout.input_specs:
             if not self.files.exists(f"{spec.path}/{GROUP_FILE}"):
@@ -428,9 +428,8 @@ class TeacherStore:
     def _declare(self, spec: ArraySpec, num_shards: int) -> None:
         group = os.path.dirname(spec.path)
         if group and not self.files.exists(f"{group}/{GROUP_FILE}"):
-            self.files.create(f"{group}/{GROUP_FILE}", metadata_bytes(group_metadata()))
-        metadata = self.layout.array_metadata(spec, num_shards)
-        self.files.create(f"{spec.path}/{GROUP_FILE}", metadata_bytes(metadata))
+            self.files.write(f"{group}/{GROUP_FILE}", [metadata_bytes(group_metadata())])
+        self.files.write(f"{spec.path}/{GROUP_FILE}", [metadata_bytes(self.layout.array_metadata(spec, num_shards))])
 
     def _grow(self, num_shards: int) -> None:
         """Declare every array long enough; all alike, since xarray opens no group whose lengths differ."""

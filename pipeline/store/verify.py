@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import xxhash
 
 from ..errors import VerificationError
-from .files import StoreFiles
+from .files import LOCK_FILE, StoreFiles
 from .index import read_index
-from .layout import GROUP_FILE, index_file
+from .layout import GROUP_FILE, SIDECARS, STORE_FILE, index_file
 from .records import FileRecord, Problem, Record, RecordReader, build_catalogue
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
@@ -28,12 +29,15 @@ class VerifyReport:
         files: number of files read and compared.
         bytes: their size.
         problems: what is not as recorded; none when all is well.
+        unrecorded: files that no record names: left by a killed process, or being written. They prove nothing and
+            harm nothing; a rerun replaces them.
     """
 
     url: str
     files: int
     bytes: int
     problems: tuple[Problem, ...]
+    unrecorded: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -58,6 +62,7 @@ class VerifyReport:
             "files": self.files,
             "bytes": self.bytes,
             "problems": [vars(problem) for problem in self.problems],
+            "unrecorded": [*self.unrecorded],
         }
 
 
@@ -92,7 +97,17 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
         problems += verify_sidecar(store.files, sidecar)
         num_files += 1 + len(sidecar.files)
         num_bytes += sum(size for size, _ in sidecar.files.values())
-    return VerifyReport(store.url, num_files, num_bytes, tuple(problems))
+    named = {record.file for record in records} | {problem.file for problem in problems}
+    named |= {file.file for record in records for file in record.files}
+    named |= {index_file(record.shard) for record in catalogue.allocations}
+    unrecorded = sorted(
+        name
+        for name in store.files.walk()
+        if name not in named
+        and not name.startswith(f"{SIDECARS}/")
+        and os.path.basename(name) not in (STORE_FILE, LOCK_FILE, GROUP_FILE)
+    )
+    return VerifyReport(store.url, num_files, num_bytes, tuple(problems), tuple(unrecorded))
 
 
 def verify_shard(url: str, shard: int) -> tuple[list[Problem], int, int]:

@@ -1,0 +1,101 @@
+"""Signals are named, parsed and placed in one way; wrong names are met with the right one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kd.pipeline.errors import UsageError
+from kd.pipeline.store.signal import INPUTS, SIGNALS, ArraySpec, Signal, array_spec, parse_signals
+
+
+def named(text: str, num_layers: int = 6) -> list[str]:
+    return [str(signal) for signal in parse_signals(text, num_layers)]
+
+
+def test_layers_are_written_in_every_way_the_command_line_promises() -> None:
+    assert named("logits") == ["logits"]
+    assert named("hidden.tok@6") == ["hidden.tok@6"]
+    assert named("hidden.tok@4+6") == ["hidden.tok@4", "hidden.tok@6"]
+    assert named("hidden.cls@1-3") == ["hidden.cls@1", "hidden.cls@2", "hidden.cls@3"]
+    assert named("hidden.mean@all", 2) == ["hidden.mean@0", "hidden.mean@1", "hidden.mean@2"]
+    assert named("hidden.tok@last") == ["hidden.tok@6"]
+    assert named(" logits , hidden.cls@0-1+5 ") == ["logits", "hidden.cls@0", "hidden.cls@1", "hidden.cls@5"]
+
+
+def test_a_signal_named_twice_is_kept_once_in_its_first_place() -> None:
+    assert named("hidden.tok@2,logits,hidden.tok@1-2,logits") == ["hidden.tok@2", "logits", "hidden.tok@1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("logit", "did you mean 'logits'"),
+        ("hidden.tokens@3", "did you mean 'hidden.tok'"),
+        ("hidden.tok", "needs a layer"),
+        ("logits@3", "has no layers"),
+        ("logits@", "has no layers"),
+        ("hidden.tok@", "cannot read layers"),
+        ("hidden.tok@7", "layers 0 to 6, got 7"),
+        ("hidden.tok@5-7", "layers 0 to 6, got 7"),
+        ("hidden.tok@4-2", "run backwards"),
+        ("hidden.tok@-1", "cannot read layers"),
+        ("hidden.tok@1,,logits", "empty signal name"),
+        ("", "empty signal name"),
+        ("token_ids", "always stored"),
+        ("../../etc/passwd", "unknown signal"),
+    ],
+)
+def test_a_bad_list_of_signals_says_what_is_wrong(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_signals(text, 6)
+
+
+def test_every_signal_survives_its_text_and_its_path() -> None:
+    for name, kind in {**SIGNALS, **INPUTS}.items():
+        for layer in (0, 6, 99, 123) if kind.per_layer else (None,):
+            signal = Signal(name, layer)
+            assert Signal.parse(str(signal)) == signal
+            assert Signal.from_path(signal.path) == signal
+    assert Signal("hidden.tok", 6).path == "hidden.tok/06"
+
+
+@pytest.mark.parametrize(
+    "path", ["", "logits/00", "hidden.tok", "hidden.tok/6", "hidden.tok/006", "hidden.tok/../x", "../logits", "/logits"]
+)
+def test_only_paths_of_arrays_name_signals(path: str) -> None:
+    with pytest.raises(ValueError, match="no signal lives at"):
+        Signal.from_path(path)
+
+
+def test_specs_say_how_a_signal_is_laid_out() -> None:
+    spec = array_spec(Signal("hidden.tok", 6), 384)
+    assert (spec.axis, spec.shape, spec.dtype, spec.dims) == ("token", (384,), "float16", ("token", "hidden"))
+    assert spec.entry_bytes == 768
+    assert array_spec(Signal("logits"), 3).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("signal", "shape", "dtype"),
+    [
+        (Signal("logits"), (3,), "float64"),
+        (Signal("logits"), (3,), "uint8"),
+        (Signal("logits"), (0,), "float32"),
+        (Signal("logits"), (), "float32"),
+        (Signal("logits"), (3, 3), "float32"),
+        (Signal("token_ids"), (), "float32"),
+        (Signal("token_ids"), (2,), "uint16"),
+    ],
+)
+def test_specs_that_cannot_be_stored_are_refused(signal: Signal, shape: tuple[int, ...], dtype: str) -> None:
+    with pytest.raises(UsageError, match=str(signal)):
+        ArraySpec(signal, shape, dtype)
+    with pytest.raises(UsageError, match="unknown encoding"):
+        ArraySpec(Signal("logits"), (3,), "float32", "zip")
+
+
+def test_the_catalogue_of_signals_loads_without_numpy() -> None:
+    code = "import sys; from kd.pipeline.store import SIGNALS; assert SIGNALS; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
