@@ -6,7 +6,6 @@ A stage's dataclass fields are the one source; every value, wherever it comes fr
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import types
@@ -81,7 +80,6 @@ class StageField:
         return ",".join(map(str, self.default)) if self.many else str(self.default)
 
 
-@functools.cache
 def stage_fields(stage: type[Stage]) -> tuple[StageField, ...]:
     """The fields of a stage in the order in which they are declared."""
     hints = typing.get_type_hints(stage)

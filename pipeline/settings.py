@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -36,7 +36,8 @@ class Settings(dict[Any, Any]):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: `no`, `on` and `12:30` are texts, 1e-3 is a number, a key stands once."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])

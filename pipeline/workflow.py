@@ -384,7 +384,7 @@ class _Reader:
         """Instance id → point, of those instances of step `id` that agree with `point` on the axes of both."""
         if id not in self.declared:
             raise _Unresolved(f"no step is called {id!r}{near_match(id, self.declared)}")
-        found = {
+        found: dict[str, Mapping[str, Any]] = {
             _instance(id, other): other
             for other in self.points[id]
             if all(_label(other[axis]) == _label(point[axis]) for axis in other.keys() & point.keys())

@@ -1,0 +1,129 @@
+"""Looking at a store, and checking it: `kd store inspect` and `kd store verify`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..pipeline.errors import IncompleteError, KdError, VerificationError
+from ..pipeline.executor import check_execution, map_shards
+from ..pipeline.progress import size
+from ..pipeline.stage import Stage, StageContext, StageResult, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectStore(Stage):
+    """What a store holds, from its records alone."""
+
+    command: ClassVar[str] = "store inspect"
+    summary_line: ClassVar[str] = "Print what a store holds: identity, rows, signals, bytes."
+
+    store: str = option(help="The store.", positional=True, metavar="STORE")
+
+    def run(self, context: StageContext) -> StageResult:
+        from ..pipeline.store import open_store
+
+        return StageResult(summary=open_store(self.store).inspect())
+
+    def report(self, summary: Mapping[str, Any]) -> str:
+        identity, capture = summary["identity"], summary["identity"]["capture"]
+        lines = [
+            f"store {summary['url']}",
+            f"  digest   {summary['digest']}",
+            f"  rows     {summary['rows']:,} with {summary['tokens']:,} tokens in {summary['shards']:,} shards",
+            f"  bytes    {size(summary['bytes'])}",
+            f"  teacher  {_line(identity['teacher'])}",
+            f"  capture  {_line(capture)}",
+            f"  sidecars {', '.join(summary['sidecars']) or '(none)'}",
+            "  signals",
+        ]
+        width = max((len(name) for name in summary["signals"]), default=0)
+        for name, signal in summary["signals"].items():
+            shape = "".join(f" x {length}" for length in signal["shape"])
+            state = f"{signal['shards']} of {summary['shards']} shards"
+            lines.append(f"    {name:<{width}}  per {signal['axis']}{shape} {signal['dtype']}, {state}, {size(signal['bytes'])}")
+        return "\n".join(lines)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """The short values of a mapping on one line; long ones belong into --json."""
+    texts = {key: str(value) for key, value in values.items() if not isinstance(value, Mapping)}
+    return "  ".join(f"{key}={text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items())
+
+
+@dataclass(frozen=True)
+class _VerifyShard:
+    """The job of checking one shard, as the executor maps it."""
+
+    url: str
+
+    def compute(self, shard: int, advance: Callable[[int], None]) -> Any:
+        from ..pipeline.store.verify import verify_shard
+
+        return verify_shard(self.url, shard)
+
+    def finish(self, computed: Any) -> Any:
+        return computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyStore(Stage):
+    """Reads every file of a store and compares it with its record."""
+
+    command: ClassVar[str] = "store verify"
+    summary_line: ClassVar[str] = "Read a whole store and compare it with its records; exit code 4 if it differs."
+    on_interrupt: ClassVar[str] = "nothing was changed; the same command starts again"
+
+    store: str = option(help="The store.", positional=True, metavar="STORE")
+    workers: int = option(1, help="Processes on this machine.", identity=False, metavar="N")
+    cluster: str | None = option(
+        None,
+        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
+        identity=False,
+        metavar="CLUSTER",
+    )
+
+    def __post_init__(self) -> None:
+        check_execution(self.workers, self.cluster)
+
+    def run(self, context: StageContext) -> StageResult:
+        from ..pipeline.store import verify_store
+
+        started = time.perf_counter()
+        died: list[str] = []
+
+        def mapped(check: object, urls: Iterable[str], shards: Iterable[int]) -> Iterator[Any]:
+            numbers = [*shards]
+            task = context.progress.task("verifying", total=len(numbers), unit="shards")
+            outcomes = map_shards(
+                _VerifyShard(self.store), numbers, name="verify", workers=self.workers, cluster=self.cluster
+            )
+            for outcome in outcomes:
+                task.advance()
+                if outcome.failure is not None:
+                    died.append(f"shard {outcome.shard}: {outcome.failure}")
+                else:
+                    yield outcome.record
+            task.done()
+
+        report = verify_store(self.store, map_shards=mapped)
+        if report.unrecorded:
+            context.progress.info(
+                f"{len(report.unrecorded)} files that no record names: left by a killed process; harmless",
+                files=[*report.unrecorded],
+            )
+        failure: KdError | None = None
+        try:
+            report.require_ok()
+        except VerificationError as error:
+            failure = error
+        if failure is None and died:
+            failure = IncompleteError(f"{len(died)} shards could not be checked", details=died)
+        summary = {**report.to_json(), "seconds": round(time.perf_counter() - started, 3)}
+        return StageResult(summary=summary, failure=failure)
+
+    def report(self, summary: Mapping[str, Any]) -> str:
+        state = "as recorded" if summary["ok"] else f"{len(summary['problems'])} problems"
+        return f"store {summary['url']}: {summary['files']:,} files, {size(summary['bytes'])}: {state}"
