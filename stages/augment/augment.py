@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS = {**PRESETS["tang"], "num_variants": 3}
 WORK_FOLDER = "work"
+VARIANTS_PER_CHUNK = 1 << 15
 _SOURCE = "Source"
 _LABELS = "Labels"
 _OPERATORS = "Operators"
@@ -378,6 +379,7 @@ class Augment(Stage):
             folder=work,
             digest=fingerprint(self.inputs()),
             num_rows=num_rows,
+            rows_per_chunk=max(1, VARIANTS_PER_CHUNK // self.resolved["num_variants"]),
             task=self._originals.info.task,
             tagger=self.tagger_identity["name"] if self.tagger_identity else None,
             language=self.language,
@@ -439,7 +441,8 @@ def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list
         counts += read_counts(table)
         keys, parents = (np.array(table[name].to_pylist(), dtype="S16") for name in (KEY_COLUMN, "parent_id"))
         columns.append((keys, parents, table["aug_iter"].to_numpy()))
-    same, duplicate = compare(*(np.concatenate(parts) for parts in zip(*columns, strict=True)), original_keys)
+    keys, parents, iterations = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    same, duplicate = compare(keys, parents, iterations, original_keys)
     counts["dropped_same_as_original"] = int(same.sum())
     counts["dropped_duplicate"] = int(duplicate.sum())
     ends = np.cumsum([len(keys) for keys, _, _ in columns])

@@ -36,7 +36,6 @@ ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
 KEY_COLUMN = "text_key"
 _COUNTS = b"kd.counts"
-_VARIANTS_PER_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Plan:
         folder: the working folder.
         digest: hash of the originals, the forbidden keys and the tagger; names what may be remembered of them.
         num_rows: rows of `originals.arrow`.
+        rows_per_chunk: originals per chunk.
         task: task of the corpus, which fixes its schema.
         tagger: name of the tagger; None when no operator needs tags.
         language: of the text, for the tagger.
@@ -59,6 +59,7 @@ class Plan:
     folder: Path
     digest: str
     num_rows: int
+    rows_per_chunk: int
     task: str
     tagger: str | None
     language: str
@@ -66,11 +67,6 @@ class Plan:
     num_variants: int
     seed: int
     keep_all_masked: bool
-
-    @property
-    def rows_per_chunk(self) -> int:
-        """Originals per chunk."""
-        return max(1, _VARIANTS_PER_CHUNK // max(1, self.num_variants))
 
     @property
     def num_chunks(self) -> int:

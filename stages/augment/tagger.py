@@ -47,7 +47,8 @@ class Tagger(Protocol):
         names: tag names; a tag is an index into them.
     """
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def tag(self, words: Sequence[str]) -> list[int]:
         """One tag per word. Depends on these words alone."""

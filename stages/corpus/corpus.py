@@ -46,7 +46,7 @@ class Corpus:
     counts: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,8 +106,7 @@ class Corpus:
             None if not known else int(row) if task == "single-label" else [int(i) for i in row]
             for row, known in zip(rows, has_gold, strict=True)
         ]
-        unnamed = self.info.label_names == tuple(map(str, range(len(self.info.label_names))))
-        labels = Labels(task, given, self.info.label_names, unnamed=unnamed)
+        labels = Labels(task, given, self.info.label_names)
         matched, how = match_labels(labels, names, where=f"column {self.info.label_column!r}")
         corpus = _with_labels(self, matched)
         return corpus.replaced(counts={**corpus.counts, "labels_matched_by": how})

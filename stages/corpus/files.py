@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet as pq
+import yaml
 
 from ...pipeline.errors import RefusedError, near_match
 from .source import SplitPart, parse_split
@@ -70,18 +71,22 @@ def read_raw(dataset: str, split: str | None, choose: Chooser, *, split_default:
     path = Path(dataset).expanduser()
     if path.is_file():
         parts = _parts_of_file(path, split)
-        reader = lambda part: _read_file(path, choose)  # noqa: E731
     elif path.is_dir():
         parts = parse_split(split or _only_split(path) or split_default)
-        reader = lambda part: _read_folder(path, part.name, choose)  # noqa: E731
     else:
         _refuse_missing_path(dataset)
         parts = parse_split(split or split_default)
-        reader = lambda part: _read_hub(dataset, part.name, choose)  # noqa: E731
 
-    tables, runs, class_names = [], [], {}
+    tables: list[pa.Table] = []
+    runs: list[tuple[str, int]] = []
+    class_names: dict[str, tuple[str, ...]] = {}
     for part in parts:
-        raw = reader(part)
+        if path.is_file():
+            raw = _read_file(path, choose)
+        elif path.is_dir():
+            raw = _read_folder(path, part.name, choose)
+        else:
+            raw = _read_with_datasets(dataset, part.name, choose)
         start, stop = part.bounds(raw.table.num_rows)
         tables.append(raw.table.slice(start, stop - start))
         runs.append((part.name, stop - start))
@@ -120,6 +125,11 @@ def _is_evaluation(name: str) -> bool:
 
 def _refuse_missing_path(dataset: str) -> None:
     """Refuse what can only be a path; leave what may be a hub id."""
+    if "://" in dataset:
+        raise RefusedError(
+            f"dataset {dataset} is a URL, and only local files, local folders and hub ids are read",
+            fix="download it first",
+        )
     path = Path(dataset).expanduser()
     looks_like_path = (
         dataset.startswith((".", "/", "~"))
@@ -220,7 +230,7 @@ def _read_folder(folder: Path, split: str, choose: Chooser) -> _Part:
             fix="give the file itself",
         )
     parts = [_read_file(file, choose) for file in files]
-    class_names = _classes_in_dataset_info(folder, folder / names[0])
+    class_names = _classes_in_card(folder) | _classes_in_dataset_info(folder, folder / names[0])
     for part in parts:
         class_names.update(part.class_names)
     return _Part(_concatenate([part.table for part in parts], str(folder)), class_names)
@@ -346,8 +356,11 @@ def _read_tsv(path: Path, choose: Chooser) -> _Part:
 
 def _read_separated(path: Path, choose: Chooser, *, separator: str, quoted: bool) -> _Part:
     text = _decoded(path)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting))
+    lines = io.StringIO(text, newline="")
+    try:
+        header = next(csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE))
+    except (csv.Error, StopIteration) as error:
+        raise RefusedError(f"the first line of {path} is not a header: {_first_line(error)}") from None
     twice = sorted({name for name in header if header.count(name) > 1})
     chosen = list(choose(header))
     if any(name in twice for name in chosen):
@@ -407,10 +420,6 @@ def _decoded(path: Path) -> str:
 # datasets --------------------------------------------------------------------------------------------------------
 
 
-def _read_hub(dataset: str, split: str, choose: Chooser) -> _Part:
-    return _read_with_datasets(dataset, split, choose)
-
-
 def _read_with_datasets(dataset: str, split: str, choose: Chooser) -> _Part:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -423,7 +432,9 @@ def _read_with_datasets(dataset: str, split: str, choose: Chooser) -> _Part:
     except (ConnectionError, OSError) as error:
         raise RefusedError(
             f"dataset {dataset!r} is not a local path, and the hub cannot be reached: {_first_line(error)}",
-            fix="give a local file or folder, or go online",
+            fix="unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE, or give a local file or folder"
+            if "Offline" in str(error)
+            else "give a local file or folder, or go online",
         ) from None
     except ValueError as error:
         raise RefusedError(f"dataset {dataset!r} cannot be loaded: {_first_line(error)}") from None
@@ -457,6 +468,28 @@ def _classes_in_dataset_info(*folders: Path) -> dict[str, tuple[str, ...]]:
         if (folder / "dataset_info.json").is_file():
             return _classes_in_features(json.loads((folder / "dataset_info.json").read_text()).get("features") or {})
     return {}
+
+
+def _classes_in_card(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Class names that the `dataset_info` of a README.md declares, as `datasets` writes it for the hub."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\s*\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        info = (yaml.safe_load(match[1]) or {}).get("dataset_info") if match else None
+    except yaml.YAMLError:
+        return {}
+    # Several configurations: their folders are datasets of their own, and this one is none of them.
+    info = info[0] if isinstance(info, list) and len(info) == 1 else info
+    features = info.get("features") if isinstance(info, dict) else None
+    found = {}
+    for feature in features if isinstance(features, list) else []:
+        kinds = [feature.get(key) for key in ("dtype", "sequence", "list")]
+        names = next((k["class_label"]["names"] for k in kinds if isinstance(k, dict) and "class_label" in k), None)
+        if names:
+            found[str(feature["name"])] = tuple(str(names[key]) for key in sorted(names, key=int))
+    return found
 
 
 def _classes_in_features(features: dict[str, Any]) -> dict[str, tuple[str, ...]]:

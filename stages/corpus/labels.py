@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ class Labels:
         task: what they are.
         values: int class index or None | sorted list of class indices or None | float or None.
         names: class names in order; () for regression.
-        unnamed: the names are bare numbers, since the dataset names no classes.
     """
 
     task: str
     values: list[Any]
     names: tuple[str, ...]
-    unnamed: bool = False
+
+    @property
+    def unnamed(self) -> bool:
+        """Whether the classes have bare numbers for names."""
+        return all(map(_is_integer, self.names))
 
     def to_arrow(self) -> pa.Array:
         """The column `label_gold`, `label_score` or `labels` of the corpus schema."""
@@ -43,7 +47,7 @@ class Labels:
             return pa.array(self.values, pa.float32())
         if self.task == "single-label":
             return pa.array(self.values, pa.int32())
-        rows = []
+        rows: list[list[int] | None] = []
         for classes in self.values:
             if classes is None:
                 rows.append(None)
@@ -128,13 +132,13 @@ def read_indicator_columns(columns: Sequence[pa.ChunkedArray], names: Sequence[s
     """
     values: list[list[int] | None] = []
     for row, cells in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
-        if any(cell is None or cell == -1 or (isinstance(cell, float) and math.isnan(cell)) for cell in cells):
+        if any(cell in (None, "", -1, "-1") or cell != cell for cell in cells):
             values.append(None)
             continue
         for name, cell in zip(names, cells, strict=True):
-            if cell not in (0, 1):
+            if cell not in (0, 1, "0", "1"):
                 raise RefusedError(f"label column {name!r} holds {cell!r} in row {row}; expected 0 or 1")
-        values.append([index for index, cell in enumerate(cells) if cell])
+        values.append([index for index, cell in enumerate(cells) if int(cell)])
     return Labels("multi-label", values, tuple(names))
 
 
@@ -171,8 +175,8 @@ def _class_labels(
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         values = [None if value is None or not value.strip() else value for value in values]
         names = tuple(sorted({value for value in values if value is not None}, key=_numeric_first))
-        if all(_is_integer(n) for n in names):
-            values = [None if value is None else int(value) for value in values]
+        if all(map(_is_whole_number, names)):
+            values = [None if value is None else int(float(value)) for value in values]
         else:
             index = {n: i for i, n in enumerate(names)}
             return Labels("single-label", [None if v is None else index[v] for v in values], names)
@@ -198,7 +202,7 @@ def _class_labels(
             return Labels("single-label", [None if v is None else index[v] for v in values], names)
     index = {number: i for i, number in enumerate(present)}
     names = tuple(map(str, present))
-    return Labels("single-label", [None if v is None else index[v] for v in values], names, unnamed=True)
+    return Labels("single-label", [None if v is None else index[v] for v in values], names)
 
 
 def _names_beside(values: list[Any], names: list[Any]) -> dict[int, str] | None:
@@ -246,7 +250,7 @@ def _set_labels(values: list[Any], name: str, class_names: tuple[str, ...] | Non
             )
         sets = [None if value is None else [i for i, item in enumerate(value) if item] for value in values]
         names = class_names or tuple(map(str, range(width)))
-        return Labels("multi-label", sets, names, unnamed=class_names is None)
+        return Labels("multi-label", sets, names)
     largest = int(max(items, default=-1))
     if class_names is not None and largest >= len(class_names):
         raise RefusedError(
@@ -254,7 +258,7 @@ def _set_labels(values: list[Any], name: str, class_names: tuple[str, ...] | Non
         )
     names = class_names or tuple(map(str, range(largest + 1)))
     sets = [None if value is None else sorted({int(item) for item in value}) for value in values]
-    return Labels("multi-label", sets, names, unnamed=class_names is None)
+    return Labels("multi-label", sets, names)
 
 
 def _is_multi_hot(rows: list[list[Any]]) -> bool:
@@ -276,6 +280,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_whole_number(text: str) -> bool:
+    return _is_integer(text) or (re.fullmatch(r"-?\d+\.0*", text) is not None)
 
 
 def _numeric_first(text: str) -> tuple[int, int, str]:
@@ -300,11 +308,12 @@ def match_labels(labels: Labels, label_names: tuple[str, ...], *, where: str) ->
         mapping = {i: keys.get(to_key(n)) for i, n in enumerate(labels.names)}
         if len(keys) == len(label_names) and all(mapping[i] is not None for i in used):
             return _renumbered(labels, mapping, label_names), how
+    unknown = [labels.names[i] for i in sorted(used) if labels.names[i] not in label_names]
     if labels.unnamed or generic:
         numbers = {i: int(n) if labels.unnamed else i for i, n in enumerate(labels.names)}
         if all(0 <= numbers[i] < len(label_names) for i in used):
             return _renumbered(labels, numbers, label_names), "number"
-    unknown = [labels.names[i] for i in sorted(used) if labels.names[i] not in label_names]
+        unknown = [labels.names[i] for i in sorted(used) if not 0 <= numbers[i] < len(label_names)]
     raise RefusedError(
         f"label {unknown[0]!r} of {where} is not one of the {len(label_names)} expected classes"
         + near_match(unknown[0], label_names[:50]),
@@ -328,7 +337,7 @@ def _renumbered(labels: Labels, mapping: dict[int, int | None] | dict[int, int],
     if labels.task == "single-label":
         values = [None if value is None else mapping[value] for value in labels.values]
     else:
-        values = [None if value is None else sorted(mapping[i] for i in value) for value in labels.values]  # type: ignore[type-var]
+        values = [None if value is None else sorted(mapping[i] for i in value) for value in labels.values]
     return Labels(labels.task, values, names)
 
 
