@@ -462,6 +462,8 @@ def _substitute(value: Any, scope: Mapping[str, Any]) -> Any:
         if match[1]:
             return "${"
         found = _look_up(match[2].strip(), scope)
+        if found is None and match[2].strip().startswith("vars."):
+            raise _Unresolved(f"{match[0]} has no value yet: give it with --set {_second(match[2].strip())}=VALUE")
         if isinstance(found, list | dict) or found is None:
             raise _Unresolved(f"{match[0]} is {_kind(found)} and cannot stand inside a text")
         return ("true" if found else "false") if isinstance(found, bool) else str(found)

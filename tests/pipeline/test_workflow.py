@@ -308,6 +308,7 @@ def test_a_mistake_in_a_step_is_named_before_anything_runs(steps: str, problem: 
         ("{a: '${vars.b}', b: '${vars.a}'}", "variables refer to each other in a circle"),
         ("{a: '${vars.c}'}", "flow.yaml:1: ${vars.c}: vars has no 'c'"),
         ("{a: [1], b: 'x${vars.a}'}", "${vars.a} is a list and cannot stand inside a text"),
+        ("{a: null, b: 'x${vars.a}'}", "${vars.a} has no value yet: give it with --set a=VALUE"),
         ("[a]", "`variables` is not `name: value` lines"),
     ],
 )
