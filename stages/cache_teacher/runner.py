@@ -191,6 +191,7 @@ class Runner:
                 extremes.append(torch.stack(torch.aminmax(value)).float())
             values[signal] = self._to_host(value.to(dtype))
         self._states.clear()
+        self._batch = None
         largest = self._to_host(torch.stack(extremes).abs()) if extremes else None
         event: Any = None
         if self.device.type == "cuda":
@@ -214,7 +215,8 @@ class Runner:
 
     def _keep(self, layer: int, hidden_BTH: Tensor) -> None:
         """Reduce one layer's hidden states to the signals asked of it, and forget them."""
-        assert self._batch is not None
+        if self._batch is None:
+            return  # somebody else runs the model
         for signal in self._signals:
             if signal.layer == layer:
                 self._states[signal] = REDUCE[signal.name](hidden_BTH, self._batch)

@@ -245,7 +245,7 @@ class CacheTeacher(Stage):
                 f"labels of {corpus.info.label_column!r} were matched to the teacher's by number, not by name"
             )
         if self._max_tokens < self.max_length:
-            progress.warn(f"--max-length {self.max_length}: the teacher takes {self._max_tokens} tokens at most")
+            progress.info(f"rows are cut at {self._max_tokens} tokens, the most that the teacher takes")
         store = None
         if (Path(self.store).expanduser() / STORE_FILE).exists():
             store = open_store(self.store, expect=self._identity_of_store)

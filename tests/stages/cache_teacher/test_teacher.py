@@ -163,7 +163,7 @@ def test_missing_head_weights_are_refused_by_name(folder: Path) -> None:
 
 def test_tensors_of_another_shape_are_refused_with_both_shapes(folder: Path) -> None:
     edit_config(folder, id2label={str(i): f"c{i}" for i in range(5)}, label2id={f"c{i}": i for i in range(5)})
-    with pytest.raises(RefusedError, match="another shape than config.json says") as caught:
+    with pytest.raises(RefusedError, match=r"another shape than config\.json says") as caught:
         describe_teacher(str(folder)).load()
     assert "classifier.weight: (3, 32) in the checkpoint, (5, 32) by config.json" in caught.value.details
 
