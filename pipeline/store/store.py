@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -184,6 +184,13 @@ def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = No
     if expect is not None:
         identity.require_equal(expect, url=files.url)
     return TeacherStore(files, identity, layout, str(digest))
+
+
+class _Declared(NamedTuple):
+    spec: ArraySpec
+    num_shards: int
+    """For how many shards the declared length suffices."""
+    metadata: dict[str, Any]
 
 
 class TeacherStore:
@@ -381,7 +388,7 @@ class TeacherStore:
 
     def declared(self) -> dict[str, ArraySpec]:
         """The arrays that were declared, by path; captured or not."""
-        return {path: spec for path, (spec, _) in self._array_metadata().items()}
+        return {path: array.spec for path, array in self._array_metadata().items()}
 
     def spec(self, signal: Signal | str) -> ArraySpec:
         """The spec a signal was declared with; RefusedError when it was not."""
@@ -403,13 +410,13 @@ class TeacherStore:
             there = self._array_metadata()
             for spec in specs:
                 found = there.get(spec.path)
-                if found is not None and found[0] != spec:
+                if found is not None and found.spec != spec:
                     raise RefusedError(
-                        f"store {self.url} holds {spec.signal} as {found[0].dtype} {list(found[0].shape)}, "
+                        f"store {self.url} holds {spec.signal} as {found.spec.dtype} {list(found.spec.shape)}, "
                         f"asked for {spec.dtype} {list(spec.shape)}",
-                        fix=f"ask for {found[0].dtype}, or give another --store",
+                        fix=f"ask for {found.spec.dtype}, or give another --store",
                     )
-            num_shards = max([self.catalogue().num_shards, *(declared for _, declared in there.values())])
+            num_shards = max([self.catalogue().num_shards, *(array.num_shards for array in there.values())])
             for spec in specs:
                 if spec.path not in there:
                     self._declare(spec, num_shards)
@@ -419,7 +426,9 @@ class TeacherStore:
         """Make groups and input arrays whole again after a kill. Hold the lock."""
         if not self.files.exists(GROUP_FILE):
             self.files.write(GROUP_FILE, [metadata_bytes(group_metadata())])
-        num_shards = max([self.catalogue().num_shards, *(n for _, n in self._array_metadata().values())])
+        num_shards = max(
+            [self.catalogue().num_shards, *(array.num_shards for array in self._array_metadata().values())]
+        )
         for spec in self.layout.input_specs:
             if not self.files.exists(f"{spec.path}/{GROUP_FILE}"):
                 self._declare(spec, num_shards)
@@ -433,13 +442,13 @@ class TeacherStore:
 
     def _grow(self, num_shards: int) -> None:
         """Declare every array long enough; all alike, since xarray opens no group whose lengths differ."""
-        for spec, declared in self._array_metadata().values():
+        for spec, declared, metadata in self._array_metadata().values():
             if declared < num_shards:
-                data = metadata_bytes(self.layout.array_metadata(spec, num_shards))
-                self.files.write(f"{spec.path}/{GROUP_FILE}", [data])
+                metadata["shape"][0] = num_shards * self.layout.capacity(spec.axis)
+                self.files.write(f"{spec.path}/{GROUP_FILE}", [metadata_bytes(metadata)])
 
-    def _array_metadata(self) -> dict[str, tuple[ArraySpec, int]]:
-        """Per declared array path: its spec, and for how many shards it is declared long enough."""
+    def _array_metadata(self) -> dict[str, _Declared]:
+        """What stands in the zarr.json of every declared array, by path."""
         arrays = {}
         for path in self._array_paths():
             try:
@@ -447,7 +456,7 @@ class TeacherStore:
                 length, *shape = metadata["shape"]
                 signal = Signal.from_path(path)
                 spec = ArraySpec(signal, tuple(shape), metadata["data_type"], metadata["attributes"]["kd"]["encoding"])
-                arrays[path] = spec, int(length) // self.layout.capacity(spec.axis)
+                arrays[path] = _Declared(spec, int(length) // self.layout.capacity(spec.axis), metadata)
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
@@ -472,10 +481,16 @@ class TeacherStore:
         Raises:
             RefusedError: no such shard, or an array that was not declared like this.
         """
-        declared = self.declared()
+        declared = self._array_metadata()
         for spec in specs:
-            if declared.get(spec.path) != spec or spec in self.layout.input_specs:
+            array = declared.get(spec.path)
+            if array is None or array.spec != spec or spec in self.layout.input_specs:
                 raise RefusedError(f"{spec.signal} was not declared as {spec.dtype} {list(spec.shape)}")
+            if array.metadata != self.layout.array_metadata(spec, array.num_shards):
+                raise RefusedError(
+                    f"{spec.signal} of store {self.url} was rewritten by other software; nothing can be added to it",
+                    fix="give another --store, or restore its zarr.json and shard files from a copy",
+                )
         record = self._allocation(shard)
         _, lengths = read_index(self.files, record)
         return ShardWriter(self, record, lengths, specs)

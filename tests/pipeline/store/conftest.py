@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SPECS = (
     array_spec(Signal("hidden.tok", 1), 4),
     array_spec(Signal("hidden.tok", 2), 4),
 )
+Made = tuple[TeacherStore, Ragged, Ragged, np.ndarray]
 LAYOUT = StoreLayout(rows_per_shard=8, tokens_per_shard=64, chunk_bytes=64)
 
 
@@ -70,6 +72,12 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsync guards against, a power cut, no test here makes."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def identity() -> StoreIdentity:
     return StoreIdentity(
@@ -80,12 +88,12 @@ def identity() -> StoreIdentity:
 
 
 @pytest.fixture
-def make_store(tmp_path: Path, identity: StoreIdentity) -> Callable[..., tuple[TeacherStore, Ragged, Ragged, np.ndarray]]:
+def make_store(tmp_path: Path, identity: StoreIdentity) -> Callable[..., Made]:
     """Builds a captured store: (store, token ids, segment ids, row numbers)."""
 
     def make(
         count: int = 30, *, name: str = "store", specs: Sequence[ArraySpec] = SPECS, layout: StoreLayout = LAYOUT
-    ) -> tuple[TeacherStore, Ragged, Ragged, np.ndarray]:
+    ) -> Made:
         store = create_or_open(tmp_path / name, identity, layout)
         ids, segments = make_rows(count)
         rows = store.allocate(ids, segments).rows

@@ -198,7 +198,7 @@ def test_signals_are_declared_once_and_alike(make_store) -> None:
 
 
 def test_missing_lists_what_is_not_captured(make_store, tools) -> None:
-    store, ids, segments, _ = make_store(20)
+    store, *_ = make_store(20)
     assert store.missing(tools.specs) == {}
     mean = array_spec(Signal("hidden.mean", 1), 4)
     assert store.missing([mean, *tools.specs]) == {shard: (mean,) for shard in range(store.catalogue().num_shards)}
