@@ -17,7 +17,7 @@ import torch
 
 from ..pipeline.artifact import read_manifest
 from ..pipeline.errors import RefusedError, near_match
-from ..pipeline.stage import NullProgress, Progress
+from ..pipeline.stage import UNFINISHED, NullProgress, Progress
 from .cache_teacher.teacher import OFFSET_POSITIONS, TASK_OF_PROBLEM
 
 if TYPE_CHECKING:
@@ -167,13 +167,16 @@ class Predictor:
         return {name: column for name, column in encoded.items() if name in wanted}
 
 
-def load_predictor(path: str | Path, *, device: str | None = None, max_length: int | None = None) -> Predictor:
+def load_predictor(
+    path: str | Path, *, device: str | None = None, max_length: int | None = None, finished: bool = True
+) -> Predictor:
     """Open a model for prediction.
 
     Args:
         path: a teacher folder, a run, or a folder or hub id of a fine-tuned classifier.
         device: where to run; a GPU where there is one.
         max_length: cut inputs here; by default where the model was cut in training, else its own limit.
+        finished: refuse an artifact that is not; the stage that is making it says False.
 
     Raises:
         RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
@@ -182,7 +185,7 @@ def load_predictor(path: str | Path, *, device: str | None = None, max_length: i
     from transformers.utils import logging as transformers_logging
 
     folder = Path(path).expanduser()
-    manifest = _manifest_of(path, folder)
+    manifest = _manifest_of(path, folder, finished)
     _register_students(folder)
     source = str(folder) if folder.is_dir() else str(path)
     verbosity = transformers_logging.get_verbosity()
@@ -239,7 +242,7 @@ def _task_of(config: Any) -> str:
     return TASK_OF_PROBLEM[declared]
 
 
-def _manifest_of(path: str | Path, folder: Path) -> Mapping[str, Any] | None:
+def _manifest_of(path: str | Path, folder: Path, finished: bool) -> Mapping[str, Any] | None:
     if not folder.is_dir():
         if folder.exists() or str(path).startswith((".", "/", "~")):
             raise RefusedError(f"model {path} is not a folder", fix="give a teacher, a run, or a hub id")
@@ -247,7 +250,7 @@ def _manifest_of(path: str | Path, folder: Path) -> Mapping[str, Any] | None:
     manifest = read_manifest(folder)
     if manifest is not None and manifest["kind"] not in MODEL_KINDS:
         raise RefusedError(f"{path} is a {manifest['kind']}, not a model", fix="give a teacher or a run")
-    if manifest is None and (folder / "unfinished.json").exists():
+    if finished and manifest is None and (folder / UNFINISHED).exists():
         raise RefusedError(f"model {path} is not finished", fix="run the stage that makes it again: it resumes")
     if not (folder / "config.json").exists():
         raise RefusedError(

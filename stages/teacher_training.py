@@ -128,7 +128,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
     metrics: dict[str, float] = {}
     if evaluation is not None:
         # Scored as `kd evaluate` does, from the saved folder and in float32.
-        saved = load_predictor(output_dir, device=str(arguments.device), max_length=max_length)
+        saved = load_predictor(output_dir, device=str(arguments.device), max_length=max_length, finished=False)
         logits_NC = saved.predict(*evaluation.texts(), progress=context.progress)
         metrics = task_metrics(info.task, logits_NC, evaluation.labels()[0])
     state = trainer.state
@@ -176,6 +176,8 @@ DEFAULT_LENGTH = 128
 """Tokens an input is cut to."""
 FEW_ROWS = 5_000
 """Below this many labelled rows the word table stays as it is: most words occur in no labelled row."""
+HEAD_ROWS = 4_096
+"""Rows that the head is fitted to; more hardly move a linear model and cost a pass of the encoder."""
 HEAD_FACTOR = 10.0
 """Learning rate of the head over that of the encoder."""
 
@@ -336,8 +338,12 @@ def fit_head(
     if layer is None:
         context.progress.warn("the head of this architecture has no last linear layer: it starts at random")
         return
-    features_NH = head_inputs(model.to(device), layer, rows, context, bf16=bf16).to(torch.float64)
-    labels = torch.as_tensor(rows.labels)
+    chosen = np.arange(len(rows))
+    if len(rows) > HEAD_ROWS:
+        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:HEAD_ROWS])
+        context.progress.info(f"fitting the head to {HEAD_ROWS} of {len(rows)} rows")
+    features_NH = head_inputs(model.to(device), layer, rows, chosen, context, bf16=bf16).to(torch.float64)
+    labels = torch.as_tensor(rows.labels[chosen])
     weight_CH, bias_C = fit_linear(features_NH, labels, task, layer.out_features)
     with torch.no_grad():
         layer.weight.copy_(weight_CH)
@@ -347,25 +353,25 @@ def fit_head(
 
 @torch.inference_mode()
 def head_inputs(
-    model: PreTrainedModel, layer: nn.Linear, rows: TextRows, context: StageContext, *, bf16: bool
+    model: PreTrainedModel, layer: nn.Linear, rows: TextRows, chosen: np.ndarray, context: StageContext, *, bf16: bool
 ) -> Tensor:
-    """What the last linear layer reads, float32 [N, H] on the CPU, with dropout off."""
+    """What the last linear layer reads of the chosen rows, float32 [N, H] on the CPU, with dropout off."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float().cpu()))
     was_training = model.training
     model.eval()
-    features_NH = torch.empty(len(rows), layer.in_features)
-    order = np.argsort(-rows.lengths, kind="stable")
-    task = context.progress.task("fitting the head", total=len(rows))
+    features_NH = torch.empty(len(chosen), layer.in_features)
+    order = np.argsort(-rows.lengths[chosen], kind="stable")
+    task = context.progress.task("fitting the head", total=len(chosen))
     try:
         for start in range(0, len(order), 64):
-            chosen = order[start : start + 64]
-            batch = rows.collate([rows[int(row)] for row in chosen])
+            places = order[start : start + 64]
+            batch = rows.collate([rows[int(row)] for row in chosen[places]])
             batch.pop("labels")
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            features_NH[torch.from_numpy(chosen)] = seen.pop().reshape(len(chosen), -1)
-            task.advance(len(chosen))
+            features_NH[torch.from_numpy(places)] = seen.pop().reshape(len(places), -1)
+            task.advance(len(places))
     finally:
         hook.remove()
         model.train(was_training)

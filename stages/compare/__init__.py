@@ -1,0 +1,5 @@
+"""`kd compare`: teacher, baselines and students on one split, by one protocol."""
+
+from .stage import Compare
+
+__all__ = ["Compare"]

@@ -1,0 +1,202 @@
+"""`kd evaluate`: score one model on one split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..pipeline.errors import RefusedError, UsageError
+from ..pipeline.stage import Stage, StageContext, StageResult, option
+from .corpus import DatasetSource
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .corpus import Corpus
+    from .predict import Predictor
+
+SMALL_SPLIT = 1_000
+"""Below this many rows one standard error of an accuracy is about a point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Score a teacher or a run on a labelled split."""
+
+    command: ClassVar[str] = "evaluate"
+    summary_line: ClassVar[str] = "Score a teacher or a student on one split."
+
+    model: str = option(help="Teacher, run, or any fine-tuned classifier.", metavar="RUN|TEACHER")
+    dataset: str = option(help="Dataset to score on, as D or D:split.")
+    text_column: str | None = option(None, help="Column of the (first) text; that of the model's training by default.")
+    text_pair_column: str | None = option(None, help="Column of the second text of a pair.")
+    label_column: str | None = option(None, help="Column of the label; that of the model's training by default.")
+    metric: str | None = option(None, help="The metric to put first; the task's main metric by default.")
+    teacher: str | None = option(None, help="Also report how often the model agrees with this teacher.")
+    predictions: str | None = option(None, help="Write every row's logits and prediction to this Parquet file.")
+    max_length: int | None = option(None, help="Cut inputs to this many tokens; as in training by default.")
+    batch_size: int = option(32, help="Rows per forward pass.", identity=False)
+    device: str | None = option(None, help="Where to run; a GPU where there is one.", identity=False)
+
+    def run(self, context: StageContext) -> StageResult:
+        """Predict every row and score those with a label."""
+        import numpy as np
+
+        from .metrics import agreement, check_metric, main_metric, task_metrics
+        from .predict import load_predictor
+
+        model = load_predictor(self.model, device=self.device, max_length=self.max_length)
+        metric = check_metric(self.metric or main_metric(model.task), model.task, len(model.label_names))
+        teacher = None if self.teacher is None else load_predictor(self.teacher, device=self.device)
+        order = None if teacher is None else matching_columns(teacher, model)
+        corpus = read_split(
+            self.dataset,
+            model,
+            text_column=self.text_column,
+            text_pair_column=self.text_pair_column,
+            label_column=self.label_column,
+        )
+        labels, has_gold = corpus.labels()
+        if not has_gold.any() and teacher is None and self.predictions is None:
+            raise RefusedError(
+                f"{self.dataset} has no labelled row to score",
+                fix="give --label-column, a split with labels, or ask for --teacher or --predictions",
+            )
+        logits_NC = model.predict(*corpus.texts(), batch_size=self.batch_size, progress=context.progress)
+        num_labelled = int(has_gold.sum())
+        summary: dict[str, Any] = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "task": model.task,
+            "rows": len(corpus),
+            "unlabelled_rows": len(corpus) - num_labelled,
+            "main_metric": metric,
+        }
+        if num_labelled:
+            metrics = task_metrics(model.task, logits_NC[has_gold], labels[has_gold])
+            summary["metrics"] = {metric: metrics[metric], **metrics}
+            if metric == "accuracy":
+                share = metrics["accuracy"]
+                summary["standard_error"] = float(np.sqrt(share * (1 - share) / num_labelled))
+        if teacher is not None:
+            teacher_NC = teacher.predict(*corpus.texts(), batch_size=self.batch_size, progress=context.progress)
+            teacher_NC = teacher_NC if order is None else teacher_NC[:, order]
+            summary["teacher"] = self.teacher
+            summary["agreement"] = agreement(model.task, logits_NC, teacher_NC)
+            if num_labelled:
+                summary["teacher_metrics"] = task_metrics(model.task, teacher_NC[has_gold], labels[has_gold])
+        if self.predictions is not None:
+            write_predictions(self.predictions, corpus, model, logits_NC)
+            summary["predictions"] = self.predictions
+        return StageResult(summary=summary)
+
+    def report(self, summary: Mapping[str, Any]) -> str:
+        """Metrics as aligned lines."""
+        lines = [f"{summary['model']} on {summary['dataset']}: {summary['rows']} rows, {summary['task']}"]
+        if summary["unlabelled_rows"]:
+            lines.append(f"{summary['unlabelled_rows']} rows have no label and are not scored")
+        teacher = summary.get("teacher_metrics", {})
+        shown = summary.get("metrics", {})
+        width = max([len(name) for name in shown] + [len("agreement")])
+        if teacher:
+            lines.append(f"{'':{width}}   model  teacher")
+        for name, value in shown.items():
+            lines.append(f"{name:{width}}  {value:6.4f}" + (f"   {teacher[name]:6.4f}" if teacher else ""))
+        if "agreement" in summary:
+            lines.append(f"{'agreement':{width}}  {summary['agreement']:6.4f}   with {summary['teacher']}")
+        if "standard_error" in summary:
+            lines.append(f"one standard error of the accuracy: {summary['standard_error']:.4f}")
+        if "predictions" in summary:
+            lines.append(f"predictions: {summary['predictions']}")
+        return "\n".join(lines)
+
+
+def matching_columns(other: Predictor, model: Predictor) -> np.ndarray | None:
+    """Where `model`'s labels stand among `other`'s logits; None when they stand in the same order.
+
+    Raises:
+        RefusedError: the two do different tasks or have different labels.
+    """
+    if other.task != model.task:
+        raise RefusedError(
+            f"{other.path} is a {other.task} model and {model.path} a {model.task} one",
+            fix="compare models of one task",
+        )
+    return other.columns_of(model.label_names, of=str(model.path))
+
+
+def read_split(
+    dataset: str,
+    model: Predictor,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+) -> Corpus:
+    """A split read for a model: columns of its training unless given, labels numbered as the model numbers them.
+
+    Raises:
+        UsageError: the column of the text is neither given nor known.
+        RefusedError: as `load_corpus`; a label that the model does not have.
+    """
+    from .corpus import load_corpus
+
+    known = dict(model.content.get("columns") or {})
+    if text_column is not None:
+        known["text_column"] = text_column
+        # Somebody who names the text names the pair too, if there is one.
+        known["text_pair_column"] = text_pair_column
+    elif text_pair_column is not None:
+        known["text_pair_column"] = text_pair_column
+    if label_column is not None:
+        known["label_column"] = label_column
+    if known.get("text_column") is None:
+        raise UsageError(
+            f"--text-column is needed: {model.path} does not say which columns it was trained on",
+            fix="give --text-column and --label-column",
+        )
+    source = DatasetSource(dataset=dataset, task=model.task, **known)
+    return load_corpus(source, split_default="test", label_names=model.label_names or None)
+
+
+def write_predictions(path: str, corpus: Corpus, model: Predictor, logits_NC: np.ndarray) -> None:
+    """One row per example: `example_id`, texts, `label`, `predicted` (names, or numbers for regression), `logits`."""
+    import json
+    import os
+    from pathlib import Path
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from .metrics import decide
+
+    labels, has_gold = corpus.labels()
+    predicted = decide(model.task, logits_NC)
+
+    def named(value: Any) -> Any:
+        if model.task == "regression":
+            return float(value)
+        if model.task == "multi-label":
+            return [model.label_names[index] for index in np.flatnonzero(value)]
+        return model.label_names[int(value)]
+
+    table = pa.table(
+        {
+            "example_id": corpus.table["example_id"],
+            "text_a": corpus.table["text_a"],
+            "text_b": corpus.table["text_b"],
+            "label": [named(value) if known else None for value, known in zip(labels, has_gold, strict=True)],
+            "predicted": [named(value) for value in predicted],
+            "logits": pa.FixedSizeListArray.from_arrays(
+                pa.array(logits_NC.reshape(-1), pa.float32()), logits_NC.shape[1]
+            ),
+        }
+    )
+    table = table.replace_schema_metadata({"label_names": json.dumps(model.label_names)})
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, target)
