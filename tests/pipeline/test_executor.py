@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import pytest
+from distributed import LocalCluster
+
+from kd.pipeline import executor
 from kd.pipeline.errors import RefusedError, UsageError
-from kd.pipeline.executor import ShardOutcome, check_execution, map_shards, threads_per_process
+from kd.pipeline.executor import ALLOWED_DEATHS, ShardOutcome, check_execution, map_shards, threads_per_process
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,12 @@ class Square:
         return shard * shard
 
     def finish(self, computed: int) -> dict[str, object]:
-        return {"square": computed, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+        return {
+            "square": computed,
+            "pid": os.getpid(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        }
 
     def tries(self, shard: int) -> int:
         file = Path(self.folder) / f"tries-{shard}"
@@ -129,68 +139,64 @@ def test_a_module_or_function_that_is_not_there_is_named() -> None:
         list(map_shards(Square(""), [1], name="t", cluster="os.path:make_nothing"))
 
 
-def test_workers_give_the_same_records_from_other_processes(tmp_path: Path) -> None:
-    rows: list[int] = []
-    outcomes = list(map_shards(Square(str(tmp_path)), range(6), name="t", workers=2, on_advance=rows.append))
-    assert squares(outcomes) == {shard: shard * shard for shard in range(6)}
-    assert sum(rows) == 60
-    assert all(outcome.record["pid"] != os.getpid() for outcome in outcomes)  # type: ignore[index]
-    assert {outcome.record["threads"] for outcome in outcomes} == {str(threads_per_process(2))}  # type: ignore[index]
-
-
-def test_a_poison_shard_is_set_aside_and_costs_no_other(tmp_path: Path) -> None:
-    job = Square(str(tmp_path), poison=2)
-    outcomes = list(map_shards(job, range(6), name="t", workers=2))
-    failed = [outcome for outcome in outcomes if outcome.failure is not None]
-    assert [outcome.shard for outcome in failed] == [2]
-    assert "worker process died 3 times" in str(failed[0].failure)
-    assert sorted(squares(outcomes)) == [0, 1, 3, 4, 5]
-    assert job.tries(2) == 3
-
-
-def test_a_shard_whose_worker_died_once_is_done_on_another(tmp_path: Path) -> None:
-    job = Square(str(tmp_path), dies_once=1)
-    outcomes = list(map_shards(job, range(4), name="t", workers=2))
-    assert squares(outcomes) == {0: 0, 1: 1, 2: 4, 3: 9}
-    assert job.tries(1) == 2
-
-
-def test_a_shard_that_raises_is_tried_again_then_named_with_its_error(tmp_path: Path) -> None:
-    job = Square(str(tmp_path), broken=1)
-    outcomes = list(map_shards(job, range(3), name="t", workers=2))
-    assert {outcome.shard: outcome.failure for outcome in outcomes if outcome.failure} == {
-        1: "ZeroDivisionError: as it happens"
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Address of a cluster of two worker processes that was running before."""
+    settings = {
+        "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
+        "distributed.scheduler.worker-saturation": 1.0,
     }
-    assert job.tries(1) == 3
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+        ) as cluster,
+    ):
+        yield cluster.scheduler_address
+        assert cluster.status.name == "running", "a cluster that was running before is left running"
 
 
-def test_a_refusal_on_a_worker_ends_the_run_and_is_not_tried_again(tmp_path: Path) -> None:
+def test_bad_shards_on_a_cluster_are_set_aside_and_cost_no_other(tmp_path: Path, scheduler: str) -> None:
+    job = Square(str(tmp_path), poison=2, dies_once=4, broken=5)
+    rows: list[int] = []
+    outcomes = list(map_shards(job, range(8), name="bad", cluster=scheduler, on_advance=rows.append))
+    assert squares(outcomes) == {shard: shard * shard for shard in (0, 1, 3, 4, 6, 7)}
+    assert {outcome.shard: outcome.failure for outcome in outcomes if outcome.failure} == {
+        2: "its worker process died 3 times",
+        5: "ZeroDivisionError: as it happens",
+    }
+    assert [job.tries(shard) for shard in (2, 4, 5, 7)] == [3, 2, 3, 1]
+    assert sum(rows) == 60
+    assert all(outcome.record["pid"] != os.getpid() for outcome in outcomes if outcome.record)
+
+
+def test_a_refusal_on_a_cluster_ends_the_run_and_is_not_tried_again(tmp_path: Path, scheduler: str) -> None:
     job = Square(str(tmp_path), refused=0, slow_s=0.05)
     with pytest.raises(RefusedError, match="shard 0 is bad") as caught:
-        list(map_shards(job, range(40), name="t", workers=2))
+        list(map_shards(job, range(40), name="refused", cluster=scheduler))
     assert caught.value.fix == "throw it away"
     assert job.tries(0) == 1
     assert job.tries(39) == 0
 
 
-def test_every_worker_has_its_own_environment(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Device:
-        def compute(self, shard: int, advance: Callable[[int], None]) -> str:
-            time.sleep(0.3)
-            return os.environ["CUDA_VISIBLE_DEVICES"]
-
-        def finish(self, computed: str) -> str:
-            return computed
-
-    env = [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "9"}]
-    seen = {outcome.record for outcome in map_shards(Device(), range(4), name="t", workers=2, worker_env=env)}
-    assert seen == {"7", "9"}
-
-
-def test_a_cluster_of_a_function_is_used_and_one_that_was_running_is_left_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_more_shards_than_are_handed_out_at_once_are_all_done(
+    tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(executor, "IN_FLIGHT", 3)
+    outcomes = list(map_shards(Square(str(tmp_path)), range(10), name="many", cluster=scheduler))
+    assert squares(outcomes) == {shard: shard * shard for shard in range(10)}
+
+
+def test_own_workers_have_their_share_of_threads_and_their_own_environment(tmp_path: Path) -> None:
+    job = Square(str(tmp_path), slow_s=0.3)
+    env = [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "9"}]
+    outcomes = list(map_shards(job, range(4), name="own", workers=2, worker_env=env))
+    records = [outcome.record for outcome in outcomes if outcome.record is not None]
+    assert {record["threads"] for record in records} == {str(threads_per_process(2))}
+    assert {record["device"] for record in records} == {"7", "9"}
+
+
+def test_a_cluster_made_by_a_function_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_clusters.py").write_text(
         "import logging\n"
         "from distributed import LocalCluster\n"
@@ -201,17 +207,6 @@ def test_a_cluster_of_a_function_is_used_and_one_that_was_running_is_left_runnin
         "    return made[-1]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    outcomes = list(map_shards(Square(str(tmp_path)), [2, 3], name="t", cluster="my_clusters:make"))
+    outcomes = list(map_shards(Square(str(tmp_path)), [2, 3], name="made", cluster="my_clusters:make"))
     assert squares(outcomes) == {2: 4, 3: 9}
     assert sys.modules["my_clusters"].made[0].status.name == "closed"
-
-    running = sys.modules["my_clusters"].make()
-    try:
-        address = running.scheduler_address
-        if address.startswith("inproc://"):
-            pytest.skip("dask gave no TCP address")
-        outcomes = list(map_shards(Square(str(tmp_path)), [4], name="t", cluster=address))
-        assert squares(outcomes) == {4: 16}
-        assert running.status.name == "running"
-    finally:
-        running.close()

@@ -23,12 +23,6 @@ from kd.stages.cache_teacher.teacher import (
 )
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KD_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tiny_teacher: Path, tmp_path: Path) -> Path:
     """A copy of the tiny teacher to spoil."""
