@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from .artifact import open_artifact
+from .artifact import MANIFEST, open_artifact
 from .config import command_line
 from .errors import KdError, RefusedError
 from .stage import Progress, ProgressTask, Stage, pending
@@ -62,14 +62,17 @@ class StepResult:
     stage: Stage | None = None
 
 
-def run_workflow(workflow: Workflow, progress: Progress, *, jobs: int = 1, verbose: bool = False) -> list[StepResult]:
+def run_workflow(
+    workflow: Workflow, progress: Progress, *, jobs: int = 1, plan: Stage | None = None
+) -> list[StepResult]:
     """Run the steps, up to `jobs` at once; a step that fails stops those that need it, and no other.
 
     Args:
         workflow: what to run, in its order.
         progress: gets what the steps report, each line with the step's id.
         jobs: processes at once; they share the processor's threads evenly.
-        verbose: let the steps' libraries speak, into their logs.
+        plan: the command that prints what `plan_workflow` says of these steps. Asked first where something is there
+            already: one process then finds all that is done, instead of one for each step.
 
     Raises:
         RefusedError: another `kd run` is working in the same folder.
@@ -77,26 +80,29 @@ def run_workflow(workflow: Workflow, progress: Progress, *, jobs: int = 1, verbo
     """
     folder = Path(workflow.output_dir)
     with _folder_lock(folder) as lock, _terminated_like_interrupted():
-        return _Run(workflow, progress, jobs, verbose, lock).all()
+        return _Run(workflow, progress, jobs, lock).all(_already_done(workflow, plan) if plan is not None else {})
 
 
 class _Run:
-    def __init__(self, workflow: Workflow, progress: Progress, jobs: int, verbose: bool, lock: int) -> None:
+    def __init__(self, workflow: Workflow, progress: Progress, jobs: int, lock: int) -> None:
         self.workflow = workflow
         self.progress = progress
         self.jobs = jobs
-        self.verbose = verbose
         self.lock = lock
         self.ended: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.starting = threading.Lock()
         self.stopped = False
 
-    def all(self) -> list[StepResult]:
-        waiting = [*self.workflow.steps]
-        results: dict[str, StepResult] = {}
+    def all(self, results: dict[str, StepResult]) -> list[StepResult]:
+        """Run the steps that `results` does not have yet."""
+        for result in results.values():
+            self.tell(result)
+        waiting = [step for step in self.workflow.steps if step.id not in results]
         threads: list[threading.Thread] = []
-        task = self.progress.task(self.workflow.name, total=len(waiting), unit="steps")
+        task = self.progress.task(
+            self.workflow.name, total=len(self.workflow.steps), unit="steps", initial=len(results)
+        )
         running = 0
         try:
             while waiting or running:
@@ -157,9 +163,7 @@ class _Run:
         return Path(self.workflow.output_dir) / "logs" / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', step.id).strip('-')}.log"
 
     def process(self, step: Step, stage: Stage) -> tuple[int, str]:
-        extra = ["--json", *(["--overwrite-changed"] if stage.kind else []), *(["--verbose"] if self.verbose else [])]
-        # -P: a folder called like a library, where the user happens to stand, must not be imported.
-        command = [sys.executable, "-P", "-m", "kd", *command_line(stage, *extra)[1:]]
+        command = _process_words(stage, "--json", *(["--overwrite-changed"] if stage.kind else []))
         self.log_of(step).parent.mkdir(parents=True, exist_ok=True)
         with self.log_of(step).open("w", encoding="utf-8") as log:
             print("$", shlex.join(command_line(stage)), file=log, flush=True)
@@ -192,8 +196,7 @@ class _Run:
             return code, printed
 
     def environment(self) -> dict[str, str]:
-        given = {name: value for name, value in os.environ.items() if name not in ("KD_JSON", "KD_QUIET", "KD_VERBOSE")}
-        given |= {"KD_PROGRESS": "json", "KD_TRACEBACK": "1"}
+        given = {**_environment(), "KD_PROGRESS": "json", "KD_TRACEBACK": "1"}
         given.setdefault("KD_PROGRESS_INTERVAL", "0.5")
         if self.jobs > 1:
             threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
@@ -220,6 +223,45 @@ class _Run:
             result = self.ended.get()
             if result.error is not None:
                 self.progress.info(f"{result.id}: interrupted: {result.error['what']}", step=result.id)
+
+
+def _process_words(stage: Stage, *extra: str) -> list[str]:
+    # -P: a folder called like a library, where the user happens to stand, must not be imported.
+    return [sys.executable, "-P", "-m", "kd", *command_line(stage, *extra)[1:]]
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("KD_JSON", "KD_QUIET", "KD_VERBOSE")}
+
+
+def _already_done(workflow: Workflow, plan: Stage) -> dict[str, StepResult]:
+    """The steps that `plan` finds done, with what their manifests say. Empty where it cannot tell."""
+    places = {step.id: Path(step.output_dir) for step in workflow.steps if step.output_dir is not None}
+    if not any((place / MANIFEST).exists() for place in places.values()):
+        return {}
+    ran = subprocess.run(
+        _process_words(plan, "--json", "--quiet"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env=_environment(),
+    )
+    try:
+        states = {entry["id"]: entry["state"] for entry in json.loads(ran.stdout)["steps"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+    done: dict[str, StepResult] = {}
+    for step in workflow.steps:
+        # A step may have stood aside (`<name>.replaced`): its own command brings it back.
+        if states.get(step.id) == "already done" and (places[step.id] / MANIFEST).exists():
+            artifact = open_artifact(places[step.id])
+            result = {"output_dir": step.output_dir, **artifact.manifest.get("summary", {})}
+            done[step.id] = StepResult(
+                step.id, step.stage.command, "already done", result=result, stage=step.resolve(_fingerprint_of(workflow))
+            )
+    return done
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

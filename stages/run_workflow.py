@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class RunWorkflow(Stage):
 
         started = time.perf_counter()
         context.progress.info(f"{workflow.name}: {len(workflow.steps)} steps into {workflow.output_dir}")
-        results = run_workflow(workflow, context.progress, jobs=self.jobs)
+        plan = dataclasses.replace(self, dry_run=True, jobs=1)
+        results = run_workflow(workflow, context.progress, jobs=self.jobs, plan=plan)
         summary: dict[str, Any] = {
             **named,
             "seconds": round(time.perf_counter() - started, 3),
