@@ -13,7 +13,7 @@ import xxhash
 from ..errors import VerificationError
 from .files import LOCK_FILE, StoreFiles
 from .index import read_index
-from .layout import GROUP_FILE, SIDECARS, STORE_FILE, index_file
+from .layout import GROUP_FILE, SIDECARS, STORE_FILE, group_metadata, index_file
 from .records import FileRecord, Problem, Record, RecordReader, build_catalogue
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
@@ -82,12 +82,13 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
     catalogue, contradictions = build_catalogue(records)
     problems += contradictions
     num_files, num_bytes = 1 + len(records), 0
-    shards = range(catalogue.num_shards)
+    shards = sorted({record.shard for record in records})
     for found, files, size in map_shards(verify_shard, [url] * len(shards), shards):
         problems += found
         num_files += files
         num_bytes += size
-    problems += _verify_metadata(store, catalogue.specs.values(), catalogue.num_shards)
+    problems += _verify_arrays(store, catalogue.specs.values(), catalogue.num_shards)
+    problems += _verify_groups(store, catalogue.specs.values())
     for name in list_sidecars(store.files):
         try:
             sidecar = read_record(store.files, store.store_digest, name)
@@ -159,7 +160,7 @@ def _verify_keys(store: TeacherStore, record: Record) -> list[Problem]:
     return []
 
 
-def _verify_metadata(store: TeacherStore, specs: Iterable[ArraySpec], num_shards: int) -> list[Problem]:
+def _verify_arrays(store: TeacherStore, specs: Iterable[ArraySpec], num_shards: int) -> list[Problem]:
     """zarr.json of every array with a committed shard: what other software would read with."""
     problems = []
     for spec in specs:
@@ -177,4 +178,22 @@ def _verify_metadata(store: TeacherStore, specs: Iterable[ArraySpec], num_shards
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, VerificationError) as error:
             what = f"it does not describe an array: {error}"
         problems.append(Problem(None, str(spec.signal), name, what))
+    return problems
+
+
+def _verify_groups(store: TeacherStore, specs: Iterable[ArraySpec]) -> list[Problem]:
+    """zarr.json of the groups; attributes are anybody's."""
+    problems = []
+    for folder in sorted({"", *(os.path.dirname(spec.path) for spec in specs)}):
+        name = f"{folder}/{GROUP_FILE}" if folder else GROUP_FILE
+        try:
+            found = json.loads(store.files.read(name))
+            if {**found, "attributes": {}} == group_metadata():
+                continue
+            what = "it does not describe a group"
+        except FileNotFoundError:
+            what = "it is missing"
+        except (ValueError, TypeError, RecursionError, VerificationError) as error:
+            what = f"it does not describe a group: {error}"
+        problems.append(Problem(None, folder or None, name, what))
     return problems
