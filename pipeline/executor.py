@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import KdError, RefusedError, UsageError, near_match
@@ -155,7 +156,7 @@ def _map_on_dask(
         shard_of[key] = shard
         return client.submit(_run_shard, job, shard, key=key, retries=RETRIES, pure=False)
 
-    running = as_completed([submit(shard) for shard, _ in zip(waiting, range(IN_FLIGHT), strict=False)])
+    running = as_completed([submit(shard) for shard in islice(waiting, IN_FLIGHT)])
     for future in running:
         shard = shard_of.pop(future.key)
         error = future.exception()
@@ -170,9 +171,8 @@ def _map_on_dask(
         else:
             first_line = (str(error).splitlines() or [""])[0]
             yield ShardOutcome(shard, None, f"{type(error).__name__}: {first_line}"[:300])
-        for more in waiting:
+        for more in islice(waiting, 1):
             running.add(submit(more))
-            break
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,7 @@ def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Ite
         }
         for index in range(workers)
     ]
+    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     settings = {
         "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
         # One shard a worker: a death is then held against the shard that caused it and no other.
@@ -279,7 +280,7 @@ def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Ite
         dask.config.set(settings),
         SpecCluster(
             workers={index: {"cls": Nanny, "options": own} for index, own in enumerate(options)},
-            scheduler={"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}},
+            scheduler={"cls": Scheduler, "options": scheduler},
             silence_logs=logging.CRITICAL,
         ) as cluster,
     ):
