@@ -212,18 +212,23 @@ class Augment(Stage):
         )
 
     @cached_property
-    def _originals(self) -> Corpus:
-        """The rows of the dataset, labels hidden, transfer text joined."""
-        from ..corpus.corpus import join_unlabelled, load_corpus
+    def _labelled(self) -> Corpus:
+        """The rows of the dataset, labels hidden."""
+        from ..corpus.corpus import load_corpus
         from ..corpus.labels import hide_labels
 
-        corpus = load_corpus(self._source)
-        corpus = hide_labels(
-            corpus,
+        return hide_labels(
+            load_corpus(self._source),
             labels_per_class=self.labels_per_class,
             labels_total=self.labels_total,
             label_seed=self.label_seed,
         )
+
+    @cached_property
+    def _originals(self) -> Corpus:
+        """The rows of the dataset and the transfer text."""
+        from ..corpus.corpus import join_unlabelled, load_corpus
+
         transfer = [
             load_corpus(
                 DatasetSource(
@@ -234,7 +239,7 @@ class Augment(Stage):
             )
             for dataset in self.transfer_dataset
         ]
-        return join_unlabelled(corpus, transfer)
+        return join_unlabelled(self._labelled, transfer)
 
     @cached_property
     def _excluded(self) -> tuple[set[bytes], list[dict[str, Any]]]:
@@ -272,7 +277,9 @@ class Augment(Stage):
         from ...pipeline.executor import check_execution
 
         check_execution(self.workers, self.cluster)
-        found = {"dataset": self._originals.fingerprint}
+        found = {"dataset": self._labelled.fingerprint}
+        if self.transfer_dataset:
+            found["transfer_dataset"] = self._originals.fingerprint
         keys, _ = self._excluded
         found["exclude_dataset"] = blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
         if self.tagger_identity is not None:
