@@ -1,7 +1,7 @@
 """Files of a store: whole or absent, whatever is killed when.
 
 Every name is relative to the store and made of plain components, so nothing that is read from a record or an
-index can lead out of it. A file is written under `<name>.tmp`, fsynced, and renamed.
+index can lead out of it. A file is written in `.staging/`, fsynced, and renamed to its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import KdError, RefusedError, VerificationError
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]*")
-TEMPORARY = ".tmp"
+STAGING = ".staging"
 LOCK_FILE = ".lock"
 SMALL_FILE_BYTES = 64 << 20
 """Records, metadata and indexes larger than this are refused before they are read."""
@@ -112,8 +112,8 @@ class StoreFiles:
             yield
 
     def stage(self, name: str, parts: Sequence[Buffer]) -> Staged:
-        """Write a file under its temporary name; `publish` on the result makes it the file."""
-        return Staged(self.path(name), parts)
+        """Write a file in the staging folder; `publish` on the result gives it its place."""
+        return Staged(self.path(name), f"{self.root}/{STAGING}/{name.replace('/', '~')}", parts)
 
     def write(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write or replace a file."""
@@ -126,26 +126,29 @@ class StoreFiles:
             return staged.publish_new()
 
     def sweep(self) -> None:
-        """Remove what a killed process left of files that are only ever written under the lock. Hold it."""
-        for folder in ("", "commits", "index"):
-            for name in self.list(folder):
-                if name.endswith(TEMPORARY):
-                    os.unlink(self.path(f"{folder}/{name}" if folder else name))
+        """Remove what killed processes left in the staging folder; what a living one is writing stays."""
+        staging = f"{self.root}/{STAGING}"
+        for name in os.listdir(staging) if os.path.isdir(staging) else []:
+            descriptor = _open_locked(f"{staging}/{name}", wait=False)
+            if descriptor is not None:
+                os.unlink(f"{staging}/{name}")
+                os.close(descriptor)
 
 
 class Staged:
-    """A complete, fsynced file under its temporary name. Leaving the `with` block removes it unless published.
+    """A complete, fsynced file that waits to get its name. Leaving the `with` block removes it unless published.
 
-    The temporary name follows from the final one, so what a killed process left is overwritten by the rerun. A
-    lock on the open file keeps two living processes from writing the same one: the second waits.
+    Where it waits follows from its name. A lock on the open file keeps two living processes from writing the same
+    one: the second waits for the first to publish or die.
     """
 
-    def __init__(self, path: str, parts: Sequence[Buffer]) -> None:
-        self.final = path
-        self.temporary = path + TEMPORARY
-        folder = os.path.dirname(path)
-        make_folders(folder)
-        self._descriptor = self._open()
+    def __init__(self, path: str, temporary: str, parts: Sequence[Buffer]) -> None:
+        self.final, self.temporary = path, temporary
+        make_folders(os.path.dirname(path))
+        make_folders(os.path.dirname(temporary))
+        descriptor = _open_locked(temporary, wait=True)
+        assert descriptor is not None
+        self._descriptor = descriptor
         try:
             os.ftruncate(self._descriptor, 0)
             for part in parts:
@@ -162,21 +165,6 @@ class Staged:
         except BaseException:
             self.discard()
             raise
-
-    def _open(self) -> int:
-        while True:
-            descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                # While this waited, the other writer may have renamed or removed the file it holds.
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.temporary)):
-                    return descriptor
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
 
     def publish(self) -> None:
         """Give the file its name, replacing what had it."""
@@ -221,6 +209,33 @@ class Staged:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+def _open_locked(path: str, *, wait: bool) -> int | None:
+    """Descriptor of a staged file that this process alone holds; made when it is not there.
+
+    Without `wait`, None when a living process holds it or it is gone.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if wait else 0)
+    while True:
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # While this waited, the other process may have renamed or removed the file it held.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:

@@ -20,7 +20,7 @@ import xxhash
 
 from ..errors import KdError, VerificationError
 from ..fingerprint import canonical_json
-from .files import TEMPORARY, Buffer, StoreFiles
+from .files import Buffer, StoreFiles
 from .layout import COMMITS, MAX_SHARDS, RECORD_NAME, StoreLayout, index_file, record_file, shard_file
 from .signal import ArraySpec, Signal
 
@@ -333,8 +333,6 @@ class RecordReader:
         names = [name for name in self._files.list(COMMITS) if name.startswith(prefix)]
         records, problems = [], []
         for name in names:
-            if name.endswith(TEMPORARY):
-                continue
             try:
                 records.append(self._read_one(name))
             except (ValueError, VerificationError, OSError) as error:

@@ -1,7 +1,7 @@
 """Sidecars: what is kept of the teacher beside its outputs, so that readers never open the teacher.
 
 `sidecars/<name>/` holds `tensors.safetensors` or a few files as they are, and `record.json` with their sizes and
-checksums. The folder is written under a temporary name and renamed: it is there as a whole or not at all.
+checksums. The folder is written in the staging folder and renamed: it is there as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import xxhash
 
 from ..errors import KdError, RefusedError, UsageError, VerificationError, near_match
 from ..fingerprint import canonical_json, fingerprint
-from .files import TEMPORARY, StoreFiles, make_folders, sync_folder
+from .files import STAGING, StoreFiles, make_folders, sync_folder
 from .layout import SIDECARS
 from .records import MAX_RECORD_BYTES, Problem
 
@@ -52,7 +52,12 @@ class Sidecar:
 
 def list_sidecars(files: StoreFiles) -> list[str]:
     """Names of the sidecars that are there, sorted."""
-    return [name for name in files.list(SIDECARS) if not name.endswith(TEMPORARY)]
+    return files.list(SIDECARS)
+
+
+def sweep(files: StoreFiles) -> None:
+    """Remove a folder that a killed process left half written. Hold the lock."""
+    shutil.rmtree(f"{files.root}/{STAGING}/{SIDECARS}", ignore_errors=True)
 
 
 def write_tensors(
@@ -121,8 +126,8 @@ def _write(
                     fix="give another --store; a store is never rewritten",
                 )
             return
-        temporary = folder + TEMPORARY
-        shutil.rmtree(temporary, ignore_errors=True)
+        sweep(files)
+        temporary = f"{files.root}/{STAGING}/{SIDECARS}/{name}"
         for file, data in {**contents, RECORD: canonical_json(record) + b"\n"}.items():
             files.path(f"{SIDECARS}/{name}/{file}")  # refuses names that are not plain
             path = f"{temporary}/{file}"
@@ -132,8 +137,10 @@ def _write(
                 stream.flush()
                 os.fsync(stream.fileno())
             sync_folder(os.path.dirname(path))
+        make_folders(os.path.dirname(folder))
         os.rename(temporary, folder)
         sync_folder(os.path.dirname(folder))
+        sweep(files)
 
 
 def read_record(files: StoreFiles, store: str, name: str) -> Sidecar:

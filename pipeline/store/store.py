@@ -16,7 +16,7 @@ from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
-from .files import LOCK_FILE, TEMPORARY, StoreFiles
+from .files import LOCK_FILE, STAGING, StoreFiles
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
 from .keys import Keys, first_occurrences, row_keys
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .verify import VerifyReport
 
 MAX_METADATA_BYTES = 16 << 20
-_BEFORE_CREATION = {LOCK_FILE, STORE_FILE + TEMPORARY}
+_BEFORE_CREATION = {LOCK_FILE, STAGING}
 """What a folder may hold in which a store was about to be created when the process was killed."""
 
 
@@ -122,7 +122,9 @@ def create_or_open(
     """
     files = StoreFiles(url)
     if not files.exists(STORE_FILE):
-        if files.root.exists() and (not files.root.is_dir() or set(files.list("")) - _BEFORE_CREATION):
+        foreign = set(files.list("")) - _BEFORE_CREATION if files.root.is_dir() else files.root.exists()
+        # Asked again: another process may have created the store since, and be writing into it.
+        if foreign and not files.exists(STORE_FILE):
             raise RefusedError(
                 f"{files.root} exists and is not a store (it has no {STORE_FILE})",
                 fix="give another --store, or an empty folder",
@@ -143,6 +145,7 @@ def create_or_open(
     if layout is not None:
         store.layout.require_equal(layout, url=store.url)
     with files.lock():
+        sidecar.sweep(files)
         files.sweep()
         store.prepare()
     return store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from kd.pipeline.errors import KdError, RefusedError, VerificationError
-from kd.pipeline.store import TeacherStore, open_store, verify_store
+from kd.pipeline.store import TeacherStore, create_or_open, open_store, verify_store
 
 
 @pytest.fixture
@@ -216,11 +217,21 @@ def test_damage_to_a_sidecar_is_found(store: TeacherStore, damage: str) -> None:
 
 
 def test_leftovers_of_a_killed_process_are_listed_and_harmless(store: TeacherStore) -> None:
-    Path(store.url, "logits", "c", "99").mkdir()
-    Path(store.url, "logits", "c", "99", "0.tmp").write_bytes(b"half")
+    Path(store.url, ".staging", "logits~c~99~0").write_bytes(b"half")
+    Path(store.url, ".staging", "sidecars", "head").mkdir(parents=True)
     Path(store.url, "notes.txt").write_text("mine")
     report = store.verify()
-    assert report.ok and report.unrecorded == ("logits/c/99/0.tmp", "notes.txt")
+    assert report.ok and report.unrecorded == (".staging/logits~c~99~0", "notes.txt")
+    create_or_open(store.url, store.identity)
+    assert store.verify().unrecorded == ("notes.txt",)
+    assert os.listdir(Path(store.url, ".staging")) == []
+
+
+def test_what_a_living_process_is_writing_is_not_swept_away(store: TeacherStore) -> None:
+    with store.files.stage("logits/c/99/0", [b"slow"]) as staged:
+        create_or_open(store.url, store.identity)
+        staged.publish()
+    assert store.files.read("logits/c/99/0") == b"slow"
 
 
 def test_shards_are_verified_wherever_an_executor_puts_them(store: TeacherStore) -> None:
