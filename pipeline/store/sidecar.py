@@ -113,6 +113,8 @@ def _write(
         },
     }
     record["digest"] = fingerprint(record)
+    if "/" in name:
+        raise UsageError(f"sidecar {name!r}: a name has no slash in it")
     folder = files.path(f"{SIDECARS}/{name}")
     with files.lock():
         if os.path.lexists(folder):
