@@ -1,0 +1,133 @@
+"""Small labelled sets, and teacher and run folders made of a tiny classifier with a little noise on its weights."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.pipeline.artifact import write_manifest
+from kd.pipeline.fingerprint import fingerprint
+
+NAMES = ("negative", "neutral", "positive")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., Path]:
+    """`write_rows(path, header, rows)`: a CSV file."""
+    return write_csv
+
+
+@pytest.fixture(scope="session")
+def topic_rows(sentences: list[str]) -> list[list[str]]:
+    """Sentence and label; the label follows from one word, so that it can be learned."""
+    return [[text, "animal" if "cat" in text or "dog" in text else "other"] for text in sentences]
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory, topic_rows: list[list[str]]) -> Path:
+    """Folder with train.csv (120 rows) and test.csv (80), columns text and label."""
+    folder = tmp_path_factory.mktemp("topics")
+    write_csv(folder / "train.csv", ["text", "label"], topic_rows[:120])
+    write_csv(folder / "test.csv", ["text", "label"], topic_rows[120:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, sentences: list[str]) -> Path:
+    """CSV of sentences labelled as the tiny teacher says, every tenth one otherwise: the teacher is 90 % right."""
+    from kd.stages.predict import load_predictor
+
+    chosen = load_predictor(tiny_teacher).predict(sentences).argmax(1)
+    labels = [NAMES[(int(label) + (row % 10 == 0)) % 3] for row, label in enumerate(chosen)]
+    path = tmp_path_factory.mktemp("judged") / "judged.csv"
+    return write_csv(path, ["text", "label"], list(zip(sentences, labels, strict=True)))
+
+
+@pytest.fixture
+def make_model(tiny_teacher: Path) -> Callable[..., Path]:
+    """`make_model(folder, noise=0.1, seed=0, names=None)`: the tiny teacher with noise on its weights.
+
+    `names` gives the order of the labels; logit columns move with their names.
+    """
+
+    def make(folder: Path, *, noise: float = 0.0, seed: int = 0, names: Sequence[str] | None = None) -> Path:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        shutil.copytree(tiny_teacher, folder, dirs_exist_ok=True)
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+            if names is not None:
+                order = [NAMES.index(name) for name in names]
+                model.classifier.weight.copy_(model.classifier.weight[order].clone())
+                model.classifier.bias.copy_(model.classifier.bias[order].clone())
+                model.config.id2label = dict(enumerate(names))
+                model.config.label2id = {name: index for index, name in enumerate(names)}
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """`make_run(folder, role=, init=, method=, seed=, steps=, noise=, names=)`: a finished run."""
+
+    def make(
+        folder: Path,
+        *,
+        role: str = "distilled",
+        student: str = "bert",
+        init: str = "random",
+        method: str = "soft-target",
+        seed: int = 0,
+        steps: int = 100,
+        noise: float = 0.05,
+        names: Sequence[str] | None = None,
+        label_names: Sequence[str] = NAMES,
+        task: str = "single-label",
+        view: str = "a",
+    ) -> Path:
+        make_model(folder, noise=noise, seed=seed, names=names)
+        config = {"student": student, "init": init, "method": [method], "baseline": role == "baseline", "steps": steps}
+        identity = {"stage": "train-student", "config": {**config, "seed": seed}, "inputs": {"view": view}}
+        columns = {"text_column": "text", "text_pair_column": None, "label_column": "label"}
+        write_manifest(
+            folder,
+            {
+                "kind": "run",
+                "fingerprint": fingerprint(identity),
+                "identity": identity,
+                "summary": {"seconds": 12.0, "rows": 200},
+                "content": {
+                    "role": role,
+                    "student": student,
+                    "init": init,
+                    "method": method,
+                    "view": [view],
+                    "seed": seed,
+                    "steps": steps,
+                    "task": task,
+                    "label_names": list(names or label_names),
+                    "columns": columns,
+                    "max_length": 48,
+                },
+            },
+        )
+        return folder
+
+    return make
