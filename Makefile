@@ -31,7 +31,7 @@ bench: $(READY)  ## speed and memory, as ratios within one run
 	for file in capture read train startup; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 docs: $(READY)  ## regenerate the pages that are made from the code
-	$(BIN)/python -m kd.docs
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .links build *.egg-info .mypy_cache .ruff_cache .hypothesis

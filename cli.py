@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .pipeline.artifact import json_ready
 from .pipeline.config import StageField, build_stage, parse_values, read_config, stage_fields
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KdError as error:
         return _fail(error.to_json(), error.exit_code, as_json)
     except typer.TyperException as error:
-        return _fail(_parser_error(error).to_json(), UsageError.exit_code, as_json)
+        return _fail(_parser_error(error, words).to_json(), UsageError.exit_code, as_json)
     except Exception as error:
         if verbose or os.environ.get("KD_TRACEBACK"):
             import traceback
@@ -75,16 +75,16 @@ def _asked(words: Sequence[str], flag: str) -> bool:
     return flag in options or os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
-def _parser_error(error: typer.TyperException) -> UsageError:
+def _parser_error(error: typer.TyperException, words: Sequence[str]) -> UsageError:
     """What the parser refuses (an unknown option, an option without its value), in kd's words."""
     message = error.format_message().rstrip(".")
+    named = next((" ".join(words[:length]) for length in (2, 1) if " ".join(words[:length]) in COMMANDS), "")
+    command = f"kd {named}".strip()
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    if context is None:
-        return UsageError(message, fix="see kd --help")
-    if option is not None and message.startswith("No such option"):
+    if option is not None and context is not None and message.startswith("No such option"):
         known = [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-        message = f"{context.command_path} has no option {option}{_near_option(option, known)}"
-    return UsageError(message, fix=f"see {context.command_path} --help")
+        message = f"{command} has no option {option}{_near_option(option, known)}"
+    return UsageError(message, fix=f"see {command} --help")
 
 
 def _near_option(option: str, known: Sequence[str]) -> str:
@@ -125,24 +125,30 @@ class _Commands(TyperGroup):
         return command_names(self.path)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.commands and cmd_name in command_names(self.path):
-            self.commands[cmd_name] = typer.main.get_command(app((*self.path, cmd_name)))
-            self.commands[cmd_name].name = cmd_name
-        return self.commands.get(cmd_name)
+        # What the list in `kd --help` shows of it: making every option of every command would triple the time.
+        command = " ".join((*self.path, cmd_name))
+        if cmd_name not in command_names(self.path):
+            return None
+        line = stage_class(command).summary_line if command in COMMANDS else GROUPS[command]
+        return TyperCommand(cmd_name, help=_escaped(line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        names = command_names(self.path)
+        if args[0].startswith("-"):
+            return super().resolve_command(ctx, args)
+        if args[0] not in names:
+            raise UsageError(
+                f"{ctx.command_path} has no command {args[0]!r}{near_match(args[0], names)}",
+                fix=f"see {ctx.command_path} --help",
+            )
+        command = typer.main.get_command(app((*self.path, args[0])))
+        command.name = args[0]
+        return args[0], command, args[1:]
 
     def invoke(self, ctx: Any) -> Any:
         if not ctx._protected_args:
             raise UsageError(f"{ctx.command_path} needs a command{near_match('', command_names(self.path))}")
         return super().invoke(ctx)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        names = command_names(self.path)
-        if args[0] not in names and not args[0].startswith("-"):
-            raise UsageError(
-                f"{ctx.command_path} has no command {args[0]!r}{near_match(args[0], names)}",
-                fix=f"see {ctx.command_path} --help",
-            )
-        return super().resolve_command(ctx, args)
 
 
 def command_names(path: tuple[str, ...] = ()) -> list[str]:
@@ -203,7 +209,7 @@ def common_options(stage: type[Stage]) -> tuple[tuple[str, str, str, str | None]
 
 def _parameter(field: StageField) -> inspect.Parameter:
     notes = "[required]" if field.required else f"[default: {field.shown_default}]" if field.shown_default else ""
-    shown = {
+    shown: dict[str, Any] = {
         "help": _escaped(field.help) + (f" [dim]{_escaped(notes)}[/dim]" if notes else ""),
         "rich_help_panel": field.panel,
         "show_default": False,
@@ -225,7 +231,13 @@ def _parameter(field: StageField) -> inspect.Parameter:
 
 def _common_parameter(name: str, metavar: str, help: str, env: str | None) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
-    shown = {"help": help, "rich_help_panel": COMMON, "show_default": False, "envvar": env, "show_envvar": False}
+    shown: dict[str, Any] = {
+        "help": help,
+        "rich_help_panel": COMMON,
+        "show_default": False,
+        "envvar": env,
+        "show_envvar": False,
+    }
     if metavar:
         return _keyword(name, typer.Option(None, flag, metavar=metavar, **shown), str | None)
     return _keyword(name, typer.Option(False, flag, metavar="", **shown), bool)
@@ -311,7 +323,7 @@ def _stdout_kept_clean() -> Iterator[None]:
 
 
 def _print_outcome(stage: Stage, outcome: Outcome, *, as_json: bool) -> int:
-    result: dict[str, Any] = {"command": stage.command}
+    result: dict[str, Any] = {**outcome.summary}
     if stage.kind is not None:
         result |= {
             "skipped": outcome.skipped,
@@ -319,9 +331,6 @@ def _print_outcome(stage: Stage, outcome: Outcome, *, as_json: bool) -> int:
             "output_dir": getattr(stage, "output_dir", None),
             "fingerprint": outcome.artifact.fingerprint if outcome.artifact else None,
         }
-    clashes = result.keys() & outcome.summary.keys()
-    assert not clashes, f"{stage.command}: summary keys called like the result's own: {clashes}"
-    result |= outcome.summary
     if outcome.failure is not None and as_json:
         return _fail(outcome.failure.to_json(), outcome.failure.exit_code, as_json, **result)
     if as_json:

@@ -68,7 +68,7 @@ def _command(command: str) -> str:
     stage = stage_class(command)
     fields = stage_fields(stage)
     positional = [field for field in fields if field.positional]
-    words = [*(field.value_name for field in positional), *(_use(field) for field in fields if field.required)]
+    words = [*(_use(field) for field in positional), *(_use(field) for field in fields if field.required)]
     usage = " ".join(["kd", command, *dict.fromkeys(words), "[OPTIONS]"])
     parts = [f"{stage.summary_line}\n", f"    {usage}\n"]
     for panel in dict.fromkeys(field.panel for field in fields):
@@ -81,7 +81,9 @@ def _command(command: str) -> str:
 
 
 def _use(field: StageField) -> str:
-    return field.value_name if field.positional else f"{field.flag} {field.value_name}"
+    if field.positional:
+        return field.value_name + ("..." if field.many else "")
+    return f"{field.flag} {field.value_name}"
 
 
 def _row(field: StageField) -> str:

@@ -259,7 +259,11 @@ def _already_done(workflow: Workflow, plan: Stage) -> dict[str, StepResult]:
             artifact = open_artifact(places[step.id])
             result = {"output_dir": step.output_dir, **artifact.manifest.get("summary", {})}
             done[step.id] = StepResult(
-                step.id, step.stage.command, "already done", result=result, stage=step.resolve(_fingerprint_of(workflow))
+                step.id,
+                step.stage.command,
+                "already done",
+                result=result,
+                stage=step.resolve(_fingerprint_of(workflow)),
             )
     return done
 

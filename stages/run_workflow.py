@@ -67,6 +67,7 @@ class RunWorkflow(Stage):
         ]
         if compared:
             comparison = {key: value for key, value in compared[-1].result.items() if key not in _OUTCOME}
+            assert compared[-1].stage is not None
             summary["comparison"] = comparison
             summary["comparison_table"] = compared[-1].stage.report(comparison)
         failed = [result for result in results if result.state == "failed"]
@@ -104,7 +105,7 @@ class RunWorkflow(Stage):
         return "\n".join(lines)
 
 
-_OUTCOME = ("command", "skipped", "changed", "output_dir", "fingerprint")
+_OUTCOME = ("skipped", "changed", "output_dir", "fingerprint")
 
 
 def _entry(result: Any) -> dict[str, Any]:

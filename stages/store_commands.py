@@ -43,7 +43,9 @@ class InspectStore(Stage):
         for name, signal in summary["signals"].items():
             shape = "".join(f" x {length}" for length in signal["shape"])
             state = f"{signal['shards']} of {summary['shards']} shards"
-            lines.append(f"    {name:<{width}}  per {signal['axis']}{shape} {signal['dtype']}, {state}, {size(signal['bytes'])}")
+            lines.append(
+                f"    {name:<{width}}  per {signal['axis']}{shape} {signal['dtype']}, {state}, {size(signal['bytes'])}"
+            )
         return "\n".join(lines)
 
 

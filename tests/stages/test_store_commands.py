@@ -61,7 +61,9 @@ def test_a_sound_store_verifies_and_a_flipped_byte_is_named_with_exit_code_4(
 
 @pytest.mark.slow
 def test_workers_find_the_same_damage(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (next(path for path in sorted((store / "logits").rglob("*")) if path.is_file() and path.name != "zarr.json")).unlink()
+    (
+        next(path for path in sorted((store / "logits").rglob("*")) if path.is_file() and path.name != "zarr.json")
+    ).unlink()
     assert main(["store", "verify", str(store), "--json", "--workers", "2"]) == 4
     assert json.loads(capfd.readouterr().out)["problems"][0]["what"] == "it is missing"
 

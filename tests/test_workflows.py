@@ -1,0 +1,147 @@
+"""The workflows that come with kd, each run at toy size with a tiny teacher; and the data that they bring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.pipeline.artifact import open_artifact
+from kd.pipeline.stage import Stage, execute
+from kd.pipeline.workflow import read_workflow
+from kd.stages import StageClasses
+
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+NAMES = ("cats", "dogs", "friends")
+
+
+def write_dataset(folder: Path, sentences: list[str], *, test: str, pairs: bool = False) -> Path:
+    """A labelled dataset with the splits `train` and `test`, its label a function of the text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    for split, part in (("train", sentences[:140]), (test, sentences[140:])):
+        labels = [sum(map(ord, text.split()[1])) % (2 if pairs else 3) for text in part]
+        columns: dict[str, Any] = {"label": labels}
+        if pairs:
+            columns |= {"sentence1": part, "sentence2": part[1:] + part[:1]}
+        else:
+            columns |= {"text": part, "sentence": part, "label_name": [NAMES[label] for label in labels]}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    return folder
+
+
+QUICKSTART = {
+    **{"labels_per_class": 5, "max_length": 32, "teacher_epochs": 1, "bilstm_epochs": 1},
+    **{"bert_layers": 1, "bert_start": "layers:2", "bert_epochs": 1},
+}
+
+
+def kd_run(*words: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "kd", "run", *words, "--json"]
+    ran = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    parsed = json.loads(ran.stdout)
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def states(result: dict[str, Any]) -> dict[str, str]:
+    return {step["id"]: step["state"] for step in result["steps"]}
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_whole_and_an_edit_runs_only_what_depends_on_it(
+    tmp_path: Path, tiny_teacher: Path, sentences: list[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", sentences, test="test")
+    given = {**QUICKSTART, "data": data, "model": tiny_teacher}
+    words = [str(WORKFLOWS / "quickstart.yaml"), "--output-dir", str(tmp_path / "runs"), "--jobs", "2"]
+    words += [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+
+    first = kd_run(*words)
+    assert {*states(first).values()} == {"done"}
+    assert [*states(first)] == ["teacher", "corpus", "view", "bilstm-baseline", "bilstm", "bert", "compare"]
+    table = first["comparison_table"]
+    assert table.startswith("|") and all(word in table for word in ("teacher", "bilstm", "bert"))
+    stores = sorted((tmp_path / "runs" / "stores").iterdir())
+    assert [store.name for store in stores] == [open_artifact(tmp_path / "runs" / "teacher").fingerprint[:8] + "-32"]
+
+    # The teacher is not needed any more once its store is there; its folder only to compare with it.
+    again = kd_run(*words, "--set", "bert_epochs=2")
+    assert states(again) == {
+        **dict.fromkeys(("teacher", "corpus", "view", "bilstm-baseline", "bilstm"), "already done"),
+        **{"bert": "done", "compare": "done"},
+    }
+    why = {step["id"]: step["why"] for step in again["steps"]}
+    assert why["bert"] == "config.num_train_epochs: 1.0 → 2.0"
+    assert "inputs.runs" in why["compare"] or "bert" in why["compare"]
+    assert sorted((tmp_path / "runs" / "stores").iterdir()) == stores
+
+
+def run_here(workflow: str, output_dir: Path, given: dict[str, Any]) -> dict[str, Stage]:
+    """Run a workflow's steps in this process, one after the other."""
+    found = read_workflow(str(WORKFLOWS / workflow), StageClasses(), variables=given, output_dir=str(output_dir))
+    places = {step.id: step.output_dir for step in found.steps}
+
+    def fingerprint_of(id: str, short: bool) -> str:
+        return open_artifact(str(places[id])).fingerprint[: 8 if short else None]
+
+    ran: dict[str, Stage] = {}
+    for step in found.steps:
+        ran[step.id] = step.resolve(fingerprint_of)
+        outcome = execute(ran[step.id])
+        assert outcome.failure is None
+    return ran
+
+
+@pytest.mark.slow
+def test_the_sst2_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, sentences: list[str]) -> None:
+    data = write_dataset(tmp_path / "data", sentences, test="validation")
+    given = {
+        **{"data": str(data), "model": str(tiny_teacher), "labels_total": 30, "max_length": 32, "num_variants": 1},
+        **{"seeds": [1], "teacher_epochs": 1, "steps": 4, "batch_size": 16, "validation_fraction": 0.2},
+    }
+    ran = run_here("sst2-bilstm.yaml", tmp_path / "runs", given)
+    rows = {name: open_artifact(tmp_path / "runs" / name) for name in ("view", "view-of-variants")}
+    assert rows["view"].manifest["summary"]["rows_new"] == len(sentences[:140])
+    # The second view finds the originals in the store.
+    assert rows["view-of-variants"].manifest["summary"]["rows_known"] >= len(sentences[:140])
+    assert [*ran][-1] == "compare"
+    assert open_artifact(tmp_path / "runs" / "floor" / "seed=1").content["role"] == "baseline"
+
+
+@pytest.mark.slow
+def test_the_mrpc_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, sentences: list[str]) -> None:
+    data = write_dataset(tmp_path / "data", sentences, test="validation", pairs=True)
+    given = {
+        **{"data": str(data), "model": str(tiny_teacher), "max_length": 40, "num_variants": 1, "seeds": [1]},
+        **{"layers": 1, "start": "layers:2", "signals": "logits,hidden.cls@1", "teacher_epochs": 1},
+        **{"method": "soft-target:0.5:temperature=2,hard:0.5", "steps": 4, "batch_size": 16},
+    }
+    run_here("mrpc-bert.yaml", tmp_path / "runs", given)
+
+
+@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_workflow_that_comes_with_kd_is_read_without_a_mistake(file: Path) -> None:
+    given = {"data": "some/data"} if file.stem != "quickstart" else {}
+    workflow = read_workflow(str(file), StageClasses(), variables=given)
+    assert workflow.steps[-1].stage.command == "compare"
+
+
+def test_the_banking77_files_are_the_ones_their_attribution_names() -> None:
+    folder = WORKFLOWS / "data" / "banking77"
+    text = (folder / "ATTRIBUTION.md").read_text()
+    rows = re.findall(r"\| `(\w+\.parquet)` \|.*\| `([0-9a-f]{64})` \|", text)
+    assert {name for name, _ in rows} == {path.name for path in folder.glob("*.parquet")}
+    for name, digest in rows:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert "CC BY 4.0" in text and "PolyAI" in text and "Casanueva" in text
