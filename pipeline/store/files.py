@@ -56,15 +56,20 @@ class StoreFiles:
             VerificationError: there, but elsewhere or not a file.
         """
         path = self.path(name)
-        if self._real_root is None:
-            self._real_root = os.path.realpath(self.root)
-        real = os.path.realpath(path)
-        if real != f"{self._real_root}/{name}":
-            raise VerificationError(f"{path} is a link that leads out of its place, to {real}")
+        real = self.inside(name)
         if not os.path.isfile(real):
             if os.path.lexists(real):
                 raise VerificationError(f"{path} is not a regular file")
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return real
+
+    def inside(self, name: str) -> str:
+        """The real path of a name that no link leads elsewhere, there or not."""
+        if self._real_root is None:
+            self._real_root = os.path.realpath(self.root)
+        real = os.path.realpath(f"{self.root}/{name}")
+        if real != f"{self._real_root}/{name}":
+            raise VerificationError(f"{self.root}/{name} is a link that leads out of its place, to {real}")
         return real
 
     def exists(self, name: str) -> bool:
@@ -105,15 +110,20 @@ class StoreFiles:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held while the store's shape changes: allocation, declarations, commits. Released when a process dies."""
-        import filelock
-
         make_folders(self.root)
-        with filelock.FileLock(f"{self.root}/{LOCK_FILE}"):
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(f"{self.root}/{LOCK_FILE}", flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     def stage(self, name: str, parts: Sequence[Buffer]) -> Staged:
         """Write a file in the staging folder; `publish` on the result gives it its place."""
-        return Staged(self.path(name), f"{self.root}/{STAGING}/{name.replace('/', '~')}", parts)
+        path = self.path(name)
+        self.inside(name)
+        return Staged(path, self.inside(f"{STAGING}/{name.replace('/', '~')}"), parts)
 
     def write(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write or replace a file."""
@@ -127,7 +137,7 @@ class StoreFiles:
 
     def sweep(self) -> None:
         """Remove what killed processes left in the staging folder; what a living one is writing stays."""
-        staging = f"{self.root}/{STAGING}"
+        staging = self.inside(STAGING)
         for name in os.listdir(staging) if os.path.isdir(staging) else []:
             descriptor = _open_locked(f"{staging}/{name}", wait=False)
             if descriptor is not None:

@@ -57,7 +57,7 @@ def list_sidecars(files: StoreFiles) -> list[str]:
 
 def sweep(files: StoreFiles) -> None:
     """Remove a folder that a killed process left half written. Hold the lock."""
-    shutil.rmtree(f"{files.root}/{STAGING}/{SIDECARS}", ignore_errors=True)
+    shutil.rmtree(files.inside(f"{STAGING}/{SIDECARS}"), ignore_errors=True)
 
 
 def write_tensors(
@@ -115,7 +115,8 @@ def _write(
     record["digest"] = fingerprint(record)
     if "/" in name:
         raise UsageError(f"sidecar {name!r}: a name has no slash in it")
-    folder = files.path(f"{SIDECARS}/{name}")
+    files.path(f"{SIDECARS}/{name}")  # refuses a name that is not plain
+    folder = files.inside(f"{SIDECARS}/{name}")
     with files.lock():
         if os.path.lexists(folder):
             old = read_record(files, store, name)
@@ -129,7 +130,7 @@ def _write(
                 )
             return
         sweep(files)
-        temporary = f"{files.root}/{STAGING}/{SIDECARS}/{name}"
+        temporary = files.inside(f"{STAGING}/{SIDECARS}/{name}")
         for file, data in {**contents, RECORD: canonical_json(record) + b"\n"}.items():
             files.path(f"{SIDECARS}/{name}/{file}")  # refuses names that are not plain
             path = f"{temporary}/{file}"

@@ -6,11 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kd.pipeline.errors import KdError, RefusedError, VerificationError
 from kd.pipeline.fingerprint import canonical_json
-from kd.pipeline.store import TeacherStore, files, open_store
+from kd.pipeline.store import TeacherStore, create_or_open, files, open_store
 from kd.pipeline.store.layout import record_file
 from kd.pipeline.store.records import decode_record, digest_of
 
@@ -160,6 +161,28 @@ def test_links_lead_nowhere(store: TeacherStore, tmp_path: Path, where: str) -> 
     link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(VerificationError, match=r"a link that leads out of its place|damaged"):
         open_store(root).reader().gather("logits", [0])
+
+
+@pytest.mark.parametrize("link", ["logits", "hidden.tok/02/c", "index", "commits", "sidecars", ".staging", ".lock"])
+def test_nothing_is_written_through_a_link_that_leads_out(
+    store: TeacherStore, tmp_path: Path, tools, link: str
+) -> None:
+    outside, place = tmp_path / "outside", Path(store.url, link)
+    if place.is_dir():
+        place.rename(outside)
+    else:
+        place.unlink(missing_ok=True)
+        outside.mkdir() if link == "sidecars" else outside.write_text("mine")
+    if outside.is_dir():
+        (outside / "mine").write_text("mine")
+    before = tools.tree(tmp_path / "outside") if outside.is_dir() else outside.read_text()
+    place.symlink_to(outside)
+    with pytest.raises((KdError, OSError)):
+        again = create_or_open(store.url, store.identity)
+        again.allocate(*tools.make_rows(12, seed=1))
+        tools.capture(again)
+        again.put_sidecar("embeddings", {"w": np.zeros(2, dtype=np.float32)})
+    assert (tools.tree(tmp_path / "outside") if outside.is_dir() else outside.read_text()) == before
 
 
 def test_a_store_may_itself_stand_behind_a_link(store: TeacherStore, tmp_path: Path) -> None:
