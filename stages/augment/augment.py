@@ -282,6 +282,11 @@ class Augment(Stage):
             found["transfer_dataset"] = self._originals.fingerprint
         keys, _ = self._excluded
         found["exclude_dataset"] = blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
+        if self.resolved["num_variants"]:
+            from .draws import AUG_VERSION
+            from .words import WORDS_VERSION
+
+            found["aug_version"] = f"{AUG_VERSION}, words {WORDS_VERSION}"
         if self.tagger_identity is not None:
             found["tagger"] = fingerprint(self.tagger_identity)
         return found
@@ -439,15 +444,15 @@ def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list
     import numpy as np
 
     from .dedup import compare
-    from .generate import KEY_COLUMN, read_arrow, read_counts
+    from .generate import KEY_COLUMN, fixed_bytes, read_arrow, read_counts
 
     counts: Counter[str] = Counter()
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for chunk in range(plan.num_chunks):
         table = read_arrow(plan.file("variants", chunk))
         counts += read_counts(table)
-        keys, parents = (np.array(table[name].to_pylist(), dtype="S16") for name in (KEY_COLUMN, "parent_id"))
-        columns.append((keys, parents, table["aug_iter"].to_numpy()))
+        iterations = table["aug_iter"].to_numpy()
+        columns.append((fixed_bytes(table[KEY_COLUMN]), fixed_bytes(table["parent_id"]), iterations))
     keys, parents, iterations = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     same, duplicate = compare(keys, parents, iterations, original_keys)
     counts["dropped_same_as_original"] = int(same.sum())
@@ -484,7 +489,15 @@ def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray]) ->
 
 
 def _rows_per_split(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray]) -> dict[str, int]:
-    counts = Counter[str]()
-    for table in _all_rows(originals, plan, kept):
-        counts.update(table["split"].to_pylist())
+    import pyarrow as pa
+
+    from .generate import read_arrow
+
+    columns = [originals["split"]]
+    if plan is not None:
+        files = [plan.file("variants", chunk) for chunk in range(plan.num_chunks)]
+        columns += [read_arrow(file)["split"].filter(pa.array(keep)) for file, keep in zip(files, kept, strict=True)]
+    counts: Counter[str] = Counter()
+    for column in columns:
+        counts.update({entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()})
     return dict(counts)

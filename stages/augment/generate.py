@@ -119,6 +119,12 @@ def with_keys(originals: pa.Table) -> tuple[pa.Table, list[bytes]]:
     return originals, keys
 
 
+def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
+    """S16 [N] over the memory of a column of 16-byte values without nulls."""
+    parts = [np.frombuffer(c.buffers()[1], dtype="S16")[c.offset : c.offset + len(c)] for c in column.chunks if len(c)]
+    return np.concatenate([*parts, np.empty(0, dtype="S16")])
+
+
 def read_counts(table: pa.Table) -> Counter[str]:
     """The counts that came with a chunk of variants."""
     return Counter(json.loads(table.schema.metadata[_COUNTS]))

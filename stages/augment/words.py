@@ -2,7 +2,8 @@
 
 It splits what POS tagging, the rule operators and word-level students call words. The pattern means the same in the
 `regex` module used here and in Oniguruma, which the `tokenizers` library uses: `tokenizers.Regex(WORD_PATTERN)` with
-`pre_tokenizers.Split(..., behavior="removed", invert=True)` gives the same words.
+`pre_tokenizers.Split(..., behavior="removed", invert=True)` gives the same words, as long as both know the characters
+(each has the Unicode tables of its version).
 
 Laws: a word holds no white space, and splitting words joined by single spaces gives the same words again.
 """

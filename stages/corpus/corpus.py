@@ -82,6 +82,7 @@ class Corpus:
     def with_label_names(self, label_names: Sequence[str], *, task: str | None = None) -> Corpus:
         """The corpus with its gold labels as indices into `label_names`, matched by name (see `match_labels`).
 
+        No names leave those of the corpus.
         Unlabelled corpora take any names and any task.
 
         Raises:
@@ -98,7 +99,7 @@ class Corpus:
                 details={"label column": self.info.label_column or "(none)"},
                 fix=f"give --task {task} if the column can be read so, or another --label-column",
             )
-        if task == "regression" or names == self.info.label_names:
+        if task == "regression" or not names or names == self.info.label_names:
             return self
         values, has_gold = self.labels()
         rows = values if task == "single-label" else [np.flatnonzero(row) for row in values]
@@ -158,6 +159,7 @@ def load_corpus(
         source: dataset and columns.
         split_default: the split to read when the source names none and has several.
         label_names: the classes in the order to number them in, such as a teacher's; labels are matched by name.
+            None or empty: those of the dataset.
         allow_unlabelled: whether rows without a gold label, or a source without a label column, are accepted.
 
     Raises:
@@ -182,7 +184,7 @@ def load_corpus(
     texts_b = _text(raw.table, source.text_pair_column, where) if source.text_pair_column is not None else None
     labels = _labels(source, raw, label_columns, sibling, where)
     counts: dict[str, Any] = {"rows_read": raw.table.num_rows}
-    if label_names is not None and labels.task != "regression":
+    if label_names and labels.task != "regression":
         if all(value is None for value in labels.values):
             labels = Labels(labels.task, labels.values, tuple(label_names))
         else:

@@ -98,7 +98,7 @@ def evaluation_splits(dataset: str, split: str | None) -> list[str]:
     """The validation and test splits beside a split, as `D:split` or files: what training text must not repeat.
 
     Of a folder or hub id its splits, of a file such as `train.csv` the files beside it; none where `split` is itself
-    one of them, or the hub does not answer.
+    one of them.
     """
     path = Path(dataset).expanduser()
     if path.is_file():
@@ -450,7 +450,8 @@ def _splits_on_hub(dataset: str) -> list[str]:
     try:
         return list(datasets.get_dataset_split_names(name, configuration))
     except (ConnectionError, OSError, ValueError):
-        return []
+        # The usual names: what is not there or not within reach is reported when it is to be read.
+        return ["test", "validation"]
 
 
 def _name_and_configuration(dataset: str) -> tuple[str, str | None]:

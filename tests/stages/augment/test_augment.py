@@ -170,6 +170,21 @@ def test_each_operator_works_alone(dataset: Path, tmp_path: Path) -> None:
         assert len(new) <= 5 and any(old[i : i + len(new)] == new for i in range(len(old)))
 
 
+def test_a_corpus_is_golden(tmp_path: Path) -> None:
+    """The format: another value here means raising AUG_VERSION, WORDS_VERSION or HEURISTIC_VERSION."""
+    texts = [
+        f"It's the {i}th film, isn't it? {word} well-made for $1,000!" for i, word in enumerate("Very Not So".split())
+    ]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
+    corpus = run(tmp_path / "x.parquet", tmp_path / "corpus", label_column=None)
+    assert corpus.texts()[0][3:6] == [
+        ", It's it ?",
+        "It's the 0th film , isn't it ? Very well-made for $ 1,000 [MASK]",
+        "It's the 0th film , isn't it ? Very well-made for $ [MASK] !",
+    ]
+    assert corpus.fingerprint == "c0569c7097b6534226d3effbb1966504"
+
+
 # Determinism -----------------------------------------------------------------------------------------------------
 
 
