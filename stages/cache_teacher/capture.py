@@ -13,12 +13,12 @@ import numpy as np
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store import ArraySpec, ShardWriter, TeacherStore
-from .runner import Runner, plan_batches
 from .teacher import Teacher, describe_teacher
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .runner import Runner
     from .stage import Plan
 
 CALIBRATION_TOKENS = 4096
@@ -62,6 +62,8 @@ class CaptureJob:
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[ShardWriter, int, int] | None:
         """Run the teacher over a shard; None when all is there, since another process was faster."""
+        from .runner import plan_batches
+
         lacking = self.store.missing(self.specs, [shard]).get(shard)
         if lacking is None:
             return None
@@ -101,6 +103,8 @@ class LoadedTeacher:
 
     def runner(self, signals: Mapping[Any, str]) -> Runner:
         """A runner that gives exactly these signals; the same one again while they stay the same."""
+        from .runner import Runner
+
         if self._runner is None or self._signals != signals:
             if self._runner is not None:
                 self._runner.close()
