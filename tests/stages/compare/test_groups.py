@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from kd.pipeline.errors import RefusedError
+from kd.stages.compare.groups import baselines, make_groups, read_run
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row(make_run, tmp_path) -> None:
+    runs = [make_run(tmp_path / f"d{seed}", seed=seed) for seed in (2, 0, 1)]
+    runs.append(make_run(tmp_path / "other", seed=0, method="logit-mse"))
+    runs.append(make_run(tmp_path / "view", seed=0, view="b"))
+    groups = make_groups([read_run(run) for run in runs])
+    assert [[run.seed for run in group.runs] for group in groups] == [[0, 1, 2], [0], [0]]
+
+
+def test_a_run_given_twice_counts_once(make_run, tmp_path) -> None:
+    run = read_run(make_run(tmp_path / "d"))
+    assert len(make_groups([run, run])[0].runs) == 1
+
+
+def test_rows_stand_in_the_order_floor_start_distilled(make_run, tmp_path) -> None:
+    runs = [
+        make_run(tmp_path / "distilled", init="embeddings"),
+        make_run(tmp_path / "start", role="baseline", init="embeddings"),
+        make_run(tmp_path / "floor", role="baseline", init="random"),
+    ]
+    groups = make_groups([read_run(run) for run in runs])
+    assert [group.role for group in groups] == ["floor", "start", "distilled"]
+
+
+def test_a_baseline_has_the_same_student_start_and_budget(make_run, tmp_path) -> None:
+    def group_of(name: str, **fields: object):
+        return make_groups([read_run(make_run(tmp_path / name, **fields))])[0]
+
+    distilled = group_of("distilled", init="embeddings", steps=100)
+    floor = group_of("floor", role="baseline", init="random", steps=100)
+    start = group_of("start", role="baseline", init="embeddings", steps=100)
+    short = group_of("short", role="baseline", init="embeddings", steps=50)
+    other = group_of("other", role="baseline", init="embeddings", student="bilstm", steps=100)
+    everything = [floor, start, short, other, distilled]
+    assert baselines(distilled, everything) == ([floor], [start])
+    assert baselines(distilled, [short, other, distilled]) == ([], [short])
+    from_nothing = group_of("from-nothing", init="random", steps=100)
+    assert baselines(from_nothing, [*everything, from_nothing]) == ([floor], [floor])
+
+
+def test_runs_of_different_tasks_are_refused(make_run, tmp_path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", task="multi-label")]
+    with pytest.raises(RefusedError, match="different tasks"):
+        make_groups([read_run(run) for run in runs])
