@@ -188,16 +188,15 @@ class Augment(Stage):
         config["pair_sides"] = resolved["pair_sides"]
         for name in OPERATORS:
             config[f"{name}_probability"] = resolved[name]
+        unused = []
         if not resolved["num_variants"]:
-            for name in (
-                "pair_sides",
-                "mask_token",
-                "keep_all_masked",
-                "seed",
-                *(f"{n}_probability" for n in OPERATORS),
-            ):
-                del config[name]
-        return config
+            unused += ["pair_sides", "mask_token", "keep_all_masked", "seed"]
+            unused += [f"{name}_probability" for name in OPERATORS]
+        if not self.transfer_dataset:
+            unused += ["transfer_text_column", "transfer_text_pair_column"]
+        if self.labels_per_class is None and self.labels_total is None:
+            unused.append("label_seed")
+        return {name: value for name, value in config.items() if name not in unused}
 
     # Inputs ------------------------------------------------------------------------------------------------------
 
@@ -277,18 +276,19 @@ class Augment(Stage):
         from ...pipeline.executor import check_execution
 
         check_execution(self.workers, self.cluster)
+        num_variants, tagger = self.resolved["num_variants"], self.tagger_identity
         found = {"dataset": self._labelled.fingerprint}
         if self.transfer_dataset:
             found["transfer_dataset"] = self._originals.fingerprint
         keys, _ = self._excluded
         found["exclude_dataset"] = blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
-        if self.resolved["num_variants"]:
+        if num_variants:
             from .draws import AUG_VERSION
             from .words import WORDS_VERSION
 
             found["aug_version"] = f"{AUG_VERSION}, words {WORDS_VERSION}"
-        if self.tagger_identity is not None:
-            found["tagger"] = fingerprint(self.tagger_identity)
+        if tagger is not None:
+            found["tagger"] = fingerprint(tagger)
         return found
 
     # Work --------------------------------------------------------------------------------------------------------
@@ -304,9 +304,6 @@ class Augment(Stage):
         from .words import WORDS_VERSION
 
         self._say_what_is_not_checked(context.progress)
-        folder = Path(self.output_dir)
-        work = folder / WORK_FOLDER
-        work.mkdir(parents=True, exist_ok=True)
         forbidden, excluded = self._excluded
         originals, keys = with_keys(self._originals.table)
         leaks = np.array([key in forbidden for key in keys])
@@ -316,6 +313,9 @@ class Augment(Stage):
                 details=[f"excluded: {record['dataset']} ({record.get('rows', 0)} rows)" for record in excluded],
                 fix="give other --exclude-dataset",
             )
+        folder = Path(self.output_dir)
+        work = folder / WORK_FOLDER
+        work.mkdir(parents=True, exist_ok=True)
         # After a kill the rows of the first attempt count: the dataset may have been put in another order since.
         if not (work / ORIGINALS).exists():
             write_arrow(originals.filter(pa.array(~leaks)), work / ORIGINALS)

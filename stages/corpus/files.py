@@ -97,8 +97,8 @@ def read_raw(dataset: str, split: str | None, choose: Chooser, *, split_default:
 def evaluation_splits(dataset: str, split: str | None) -> list[str]:
     """The validation and test splits beside a split, as `D:split` or files: what training text must not repeat.
 
-    Of a folder or hub id its splits, of a file such as `train.csv` the files beside it; none where `split` is itself
-    one of them.
+    Of a folder or hub id its splits, of a file such as `train.csv` the files beside it; without those in use; none
+    where nothing else is in use.
     """
     path = Path(dataset).expanduser()
     if path.is_file():
@@ -110,9 +110,11 @@ def evaluation_splits(dataset: str, split: str | None) -> list[str]:
     else:
         own = split or "train"
         found = [(name, f"{dataset}:{name}") for name in _splits_on_hub(dataset)]
-    if any(_is_evaluation(part.name) for part in parse_split(own)):
+    used = [part.name for part in parse_split(own)]
+    if all(map(_is_evaluation, used)):
         return []
-    return sorted(place for name, place in found if _is_evaluation(name))
+    known = {_canonical(name) or name for name in used}
+    return sorted(p for name, p in found if _is_evaluation(name) and (_canonical(name) or name) not in known)
 
 
 def _is_evaluation(name: str) -> bool:
@@ -362,7 +364,17 @@ def _read_separated(path: Path, choose: Chooser, *, separator: str, quoted: bool
     except (csv.Error, StopIteration) as error:
         raise RefusedError(f"the first line of {path} is not a header: {_first_line(error)}") from None
     twice = sorted({name for name in header if header.count(name) > 1})
-    chosen = list(choose(header))
+    try:
+        chosen = list(choose(header))
+    except RefusedError:
+        other = next((mark for mark in (";", "\t", "|") if mark in header[0]), None)
+        if len(header) > 1 or other is None:
+            raise
+        raise RefusedError(
+            f"{path} seems to be separated by {other!r}, not by {separator!r}",
+            details=[f"header: {_shown(header[0])}"],
+            fix="save it with commas, or as .tsv with tabs",
+        ) from None
     if any(name in twice for name in chosen):
         raise RefusedError(f"{path} has several columns named {twice[0]!r}", details=[f"header: {', '.join(header)}"])
     ragged: list[str] = []

@@ -173,7 +173,7 @@ def test_each_operator_works_alone(dataset: Path, tmp_path: Path) -> None:
 def test_a_corpus_is_golden(tmp_path: Path) -> None:
     """The format: another value here means raising AUG_VERSION, WORDS_VERSION or HEURISTIC_VERSION."""
     texts = [
-        f"It's the {i}th film, isn't it? {word} well-made for $1,000!" for i, word in enumerate("Very Not So".split())
+        f"It's the {i}th film, isn't it? {word} well-made for $1,000!" for i, word in enumerate(["Very", "Not", "So"])
     ]
     pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
     corpus = run(tmp_path / "x.parquet", tmp_path / "corpus", label_column=None)
@@ -377,6 +377,7 @@ def test_further_datasets_can_be_excluded(dataset: Path, tmp_path: Path, sentenc
         run(dataset, tmp_path / "again", exclude_dataset=(str(tmp_path / "bad.csv"),))
     with pytest.raises(RefusedError, match=r"every row .* also stands in"):
         run(dataset, tmp_path / "again", exclude_dataset=(f"{dataset}:train",))
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_split_that_cannot_be_checked_is_named(dataset: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_line_separator_inside_json_text_does_not_end_the_line(tmp_path: Path)
         ("x.csv", b"text,label\nhello,0\na, b,1\nx\n", ["2 rows", "row 3: 3 columns: a, b,1", "header: text, label"]),
         ("x.csv", b'text,label\n"unterminated,0\nx,1\n', ["do not have the 2 columns"]),
         ("x.csv", b"text,text,label\na,b,0\n", ["several columns named 'text'"]),
+        ("x.csv", b"text;label\na;0\n", ["seems to be separated by ';'", "header: text;label"]),
         ("x.csv", b"text,label\n", ["no rows with text", "rows: 0"]),
         ("x.csv", b"", ["is empty"]),
         ("x.csv", b"text,lable\na,0\n", ["no column 'label' (did you mean 'lable'?)", "columns: text, lable"]),
@@ -290,5 +291,6 @@ def test_evaluation_splits_are_those_beside_the_one_in_use(tmp_path: Path) -> No
     assert evaluation_splits(folder, "train") == [f"{folder}:dev", f"{folder}:test_matched"]
     assert evaluation_splits(folder, None) == evaluation_splits(folder, "train[:5]")
     assert evaluation_splits(f"{folder}/train.csv", None) == [f"{folder}/dev.csv", f"{folder}/test_matched.csv"]
+    assert evaluation_splits(folder, "train+dev[:10]") == [f"{folder}:test_matched"]
     assert evaluation_splits(folder, "dev") == []
     assert evaluation_splits(f"{folder}/unsupervised.csv", None) == []
