@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.pipeline.ragged import Ragged, offsets_of, ranges
@@ -12,6 +12,7 @@ from kd.pipeline.ragged import Ragged, offsets_of, ranges
 rows_of_ints = st.lists(st.lists(st.integers(0, 60000), max_size=6), max_size=8)
 
 
+@settings(deadline=None)
 @given(rows_of_ints)
 def test_rows_come_back_as_they_were_given(rows: list[list[int]]) -> None:
     ragged = Ragged.from_rows(rows, "uint16")
@@ -20,6 +21,7 @@ def test_rows_come_back_as_they_were_given(rows: list[list[int]]) -> None:
     assert ragged.values.dtype == np.uint16
 
 
+@settings(deadline=None)
 @given(rows_of_ints, st.integers(0, 3))
 def test_padding_and_cutting_again_changes_nothing(rows: list[list[int]], more: int) -> None:
     ragged = Ragged.from_rows(rows, "int64")
@@ -30,6 +32,7 @@ def test_padding_and_cutting_again_changes_nothing(rows: list[list[int]], more: 
     assert Ragged.from_padded(padded, ragged.lengths) == ragged
 
 
+@settings(deadline=None)
 @given(rows_of_ints, st.data())
 def test_take_and_slice_agree_with_lists(rows: list[list[int]], data: st.DataObject) -> None:
     ragged = Ragged.from_rows(rows, "int64")
@@ -39,6 +42,7 @@ def test_take_and_slice_agree_with_lists(rows: list[list[int]], data: st.DataObj
     assert [row.tolist() for row in ragged.slice(start, stop)] == rows[start:stop]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=6))
 def test_ranges_agree_with_python(pairs: list[tuple[int, int]]) -> None:
     expected = [value for start, length in pairs for value in range(start, start + length)]

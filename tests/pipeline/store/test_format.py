@@ -105,7 +105,7 @@ def test_bytes_can_be_read_where_the_docs_say_they_are(make_store, tools) -> Non
 
 
 def test_the_digest_of_a_known_store_never_changes(make_store, tools) -> None:
-    """Changes when the same rows would be stored differently: then raise STORE_VERSION."""
+    """Changes when the same rows would be stored differently: then raise STORE_VERSION, and copy what this prints."""
     store, *_ = make_store(20)
     store.put_sidecar("embeddings", {"word": np.arange(6, dtype=np.float32).reshape(2, 3)})
     golden = Path(__file__).parents[2] / "golden" / "store_digest.json"

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.pipeline.errors import RefusedError
@@ -70,6 +70,7 @@ def test_segment_ids_must_have_the_rows_lengths() -> None:
 small_keys = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=12)
 
 
+@settings(deadline=None)
 @given(small_keys, small_keys)
 def test_matching_agrees_with_a_dictionary(known: list[tuple[int, int]], wanted: list[tuple[int, int]]) -> None:
     first: dict[tuple[int, int], int] = {}
@@ -79,6 +80,7 @@ def test_matching_agrees_with_a_dictionary(known: list[tuple[int, int]], wanted:
     assert match_keys(*arrays).tolist() == [first.get(key, -1) for key in wanted]
 
 
+@settings(deadline=None)
 @given(small_keys)
 def test_first_occurrences_agree_with_a_dictionary(keys: list[tuple[int, int]]) -> None:
     numbers: dict[tuple[int, int], int] = {}

@@ -29,7 +29,7 @@ def test_a_kill_before_some_file_operations_changes_nothing(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_kill_before_many_file_operations_changes_nothing(tmp_path: Path) -> None:
-    run("every-step", tmp_path, 2, 6)
+    run("every-step", tmp_path, 2, 10)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd.pipeline.errors import RefusedError, UsageError
@@ -17,6 +17,7 @@ lengths_of_rows = st.lists(st.integers(1, 10), max_size=60)
 layouts = st.builds(StoreLayout, rows_per_shard=st.integers(1, 8), tokens_per_shard=st.integers(10, 40))
 
 
+@settings(deadline=None)
 @given(lengths_of_rows, layouts)
 def test_every_row_has_one_place_and_no_shard_overflows(lengths: list[int], layout: StoreLayout) -> None:
     shards = plan_shards(lengths, layout)
@@ -26,6 +27,7 @@ def test_every_row_has_one_place_and_no_shard_overflows(lengths: list[int], layo
         assert shard.tokens == sum(lengths[shard.start : shard.stop]) <= layout.tokens_per_shard
 
 
+@settings(deadline=None)
 @given(lengths_of_rows, layouts)
 def test_a_shard_is_closed_only_when_the_next_row_does_not_fit(lengths: list[int], layout: StoreLayout) -> None:
     for shard in plan_shards(lengths, layout)[:-1]:
@@ -33,6 +35,7 @@ def test_a_shard_is_closed_only_when_the_next_row_does_not_fit(lengths: list[int
         assert full or shard.tokens + lengths[shard.stop] > layout.tokens_per_shard
 
 
+@settings(deadline=None)
 @given(lengths_of_rows, layouts, st.integers(0, 10))
 def test_planning_the_rest_after_some_shards_gives_the_same_shards(
     lengths: list[int], layout: StoreLayout, done: int
