@@ -100,9 +100,6 @@ class _Run:
             self.tell(result)
         waiting = [step for step in self.workflow.steps if step.id not in results]
         threads: list[threading.Thread] = []
-        task = self.progress.task(
-            self.workflow.name, total=len(self.workflow.steps), unit="steps", initial=len(results)
-        )
         running = 0
         try:
             while waiting or running:
@@ -116,23 +113,21 @@ class _Run:
                             step.id, step.stage.command, "not run", waits_for=tuple(blocked_by)
                         )
                         self.tell(results[step.id])
-                        task.advance()
                     elif running < self.jobs and all(need in results for need in step.needs):
                         waiting.remove(step)
                         running += 1
+                        count = f"step {len(results) + running} of {len(self.workflow.steps)}"
+                        self.progress.info(f"{step.id}: started, {count}", step=step.id)
                         threads.append(threading.Thread(target=self.one, args=(step,), daemon=True))
                         threads[-1].start()
                 if running:
                     result = self.ended.get()
                     running -= 1
                     results[result.id] = result
-                    task.advance()
                     self.tell(result)
         except KeyboardInterrupt:
             self.stop(threads)
             raise
-        finally:
-            task.done()
         return [results[step.id] for step in self.workflow.steps]
 
     def tell(self, result: StepResult) -> None:

@@ -317,15 +317,20 @@ def test_help_loads_nothing_heavy() -> None:
     assert {command: names for command, names in json.loads(process.stdout).items() if names} == {}
 
 
-def test_help_answers_within_three_tenths_of_a_second() -> None:
-    def cpu_seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "kd", "--help"], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def cpu_seconds(*words: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # Processor time of the best of a few: what the command costs, on however busy a machine.
-    assert any(cpu_seconds() <= 0.3 for _ in range(20))
+
+def test_help_answers_within_three_tenths_of_a_second() -> None:
+    # Processor time, the best of five. On a machine that is slow or busy, what it may cost follows from what Typer
+    # alone costs there: a third of it on the machine that this was measured on is ours.
+    asked = min(cpu_seconds("-m", "kd", "--help") for _ in range(5))
+    if asked > 0.3:
+        typer_alone = min(cpu_seconds("-c", "import typer.rich_utils") for _ in range(5))
+        assert asked <= 2.5 * typer_alone
 
 
 # --- every command -----------------------------------------------------------------------------------------------
