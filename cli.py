@@ -268,9 +268,10 @@ def _run(stage_type: type[Stage], given: dict[str, Any]) -> None:
         if common.get("seed") is not None:
             progress.warn(f"kd {stage.command} has no randomness: --seed changes nothing")
         overwrite = {name: common.get(name, False) for name, *_ in ARTIFACT_OPTIONS}
+        context = StageContext(progress=progress, verbose=common["verbose"], **overwrite)
         try:
             with _stdout_kept_clean():
-                outcome = execute(stage, StageContext(progress=progress, **overwrite))
+                outcome = execute(stage, context)
         except KeyboardInterrupt:
             note = f"{stage.command}: " + stage.on_interrupt.format_map(stage.config())
             raise typer.Exit(_interrupted(note, as_json=common["json"])) from None

@@ -63,7 +63,7 @@ class StepResult:
 
 
 def run_workflow(
-    workflow: Workflow, progress: Progress, *, jobs: int = 1, plan: Stage | None = None
+    workflow: Workflow, progress: Progress, *, jobs: int = 1, plan: Stage | None = None, verbose: bool = False
 ) -> list[StepResult]:
     """Run the steps, up to `jobs` at once; a step that fails stops those that need it, and no other.
 
@@ -73,6 +73,7 @@ def run_workflow(
         jobs: processes at once; they share the processor's threads evenly.
         plan: the command that prints what `plan_workflow` says of these steps. Asked first where something is there
             already: one process then finds all that is done, instead of one for each step.
+        verbose: let the libraries of the steps speak, into their logs.
 
     Raises:
         RefusedError: another `kd run` is working in the same folder.
@@ -80,14 +81,17 @@ def run_workflow(
     """
     folder = Path(workflow.output_dir)
     with _folder_lock(folder) as lock, _terminated_like_interrupted():
-        return _Run(workflow, progress, jobs, lock).all(_already_done(workflow, plan) if plan is not None else {})
+        return _Run(workflow, progress, jobs, verbose, lock).all(
+            _already_done(workflow, plan) if plan is not None else {}
+        )
 
 
 class _Run:
-    def __init__(self, workflow: Workflow, progress: Progress, jobs: int, lock: int) -> None:
+    def __init__(self, workflow: Workflow, progress: Progress, jobs: int, verbose: bool, lock: int) -> None:
         self.workflow = workflow
         self.progress = progress
         self.jobs = jobs
+        self.verbose = verbose
         self.lock = lock
         self.ended: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
         self.processes: dict[str, subprocess.Popen[str]] = {}
@@ -158,7 +162,8 @@ class _Run:
         return Path(self.workflow.output_dir) / "logs" / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', step.id).strip('-')}.log"
 
     def process(self, step: Step, stage: Stage) -> tuple[int, str]:
-        command = _process_words(stage, "--json", *(["--overwrite-changed"] if stage.kind else []))
+        extra = [*(["--overwrite-changed"] if stage.kind else []), *(["--verbose"] if self.verbose else [])]
+        command = _process_words(stage, "--json", *extra)
         self.log_of(step).parent.mkdir(parents=True, exist_ok=True)
         with self.log_of(step).open("w", encoding="utf-8") as log:
             print("$", shlex.join(command_line(stage)), file=log, flush=True)

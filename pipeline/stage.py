@@ -121,11 +121,13 @@ class StageContext:
         progress: where the stage reports.
         overwrite: replace the artifact in `output_dir`, whatever made it.
         overwrite_changed: replace it only if other settings or inputs made it.
+        verbose: let the libraries underneath speak.
     """
 
     progress: Progress = dataclass_field(default_factory=NullProgress)
     overwrite: bool = False
     overwrite_changed: bool = False
+    verbose: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class RunWorkflow(Stage):
         started = time.perf_counter()
         context.progress.info(f"{workflow.name}: {len(workflow.steps)} steps into {workflow.output_dir}")
         plan = dataclasses.replace(self, dry_run=True, jobs=1)
-        results = run_workflow(workflow, context.progress, jobs=self.jobs, plan=plan)
+        results = run_workflow(workflow, context.progress, jobs=self.jobs, plan=plan, verbose=context.verbose)
         summary: dict[str, Any] = {
             **named,
             "seconds": round(time.perf_counter() - started, 3),

@@ -174,6 +174,12 @@ def test_the_table_for_people_ends_in_the_comparison(env: dict[str, str]) -> Non
     assert lines[-3:] == ["| total |", "|---|", "| 2 |"]
 
 
+def test_verbose_steps_speak_into_their_logs(env: dict[str, str]) -> None:
+    Path("flow.yaml").write_text("name: flow\nsteps: [{id: a, stage: make, with: {noise: true}}]\n")
+    kd(env, "run", "flow.yaml", "--verbose")
+    assert "noise from a warning" in Path("runs/flow/logs/a.log").read_text()
+
+
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 30
     while not path.exists():
