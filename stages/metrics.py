@@ -7,12 +7,14 @@ undefined (a correlation with a constant, an F1 without positives) it is 0, so t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import RefusedError, UsageError, near_match
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 MAIN_METRIC = {"single-label": "accuracy", "multi-label": "micro_f1", "regression": "pearson"}
 LOWER_IS_BETTER = frozenset({"nll", "ece", "mse"})
@@ -97,7 +99,7 @@ def agreement(task: str, student_NC: Array, teacher_NC: Array) -> float:
 def decide(task: str, logits_NC: Array) -> Array:
     """What the logits predict: class indices [N], 0/1 labels [N, C], or the numbers themselves [N]."""
     if task == "single-label":
-        return np.argmax(logits_NC, axis=1)
+        return np.asarray(np.argmax(logits_NC, axis=1))
     if task == "multi-label":
         return (np.asarray(logits_NC) > 0).astype(np.int64)
     return np.asarray(logits_NC).reshape(-1)

@@ -6,6 +6,7 @@ Dimension key: N examples, C classes (1 for regression).
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Predictor:
         encoded = self._encode(texts_a, texts_b)
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
         order = np.argsort(-lengths, kind="stable")
-        logits_NC = np.empty((len(lengths), self.model.config.num_labels), np.float32)
+        logits_NC = np.empty((len(lengths), int(self.model.config.num_labels or 0)), np.float32)
         task = (progress or NullProgress()).task("predicting", total=len(lengths))
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
@@ -189,7 +190,7 @@ def load_predictor(
     _register_students(folder)
     source = str(folder) if folder.is_dir() else str(path)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = AutoModelForSequenceClassification.from_pretrained(

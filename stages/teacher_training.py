@@ -6,6 +6,7 @@ Dimension key: N labelled rows, C classes, H features that the last linear layer
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -25,6 +26,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SchedulerType,
     Trainer,
     set_seed,
 )
@@ -90,7 +92,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         "per_device_train_batch_size": arguments.per_device_train_batch_size,
         "warmup_steps": arguments.warmup_steps,
         "weight_decay": arguments.weight_decay,
-        "lr_scheduler_type": str(arguments.lr_scheduler_type.value),
+        "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
         "bf16": arguments.bf16,
         "freeze_embeddings": freeze_embeddings,
         "head": "kept" if has_trained_head else stage.head,
@@ -189,10 +191,10 @@ def default_arguments(num_rows: int, hidden_size: int, *, with_bf16: bool) -> di
     """
     batch_size = 16 if num_rows < FEW_ROWS else 32
     steps_per_epoch = math.ceil(num_rows / batch_size)
-    epochs = min(max(20.0 * (1000.0 / num_rows) ** 0.55, 2.0), 20.0)
+    epochs = min(max(12.0 * (1000.0 / num_rows) ** 0.45, 2.0), 12.0)
     return {
         "num_train_epochs": float(round(max(epochs, min(300 / steps_per_epoch, 100.0)))),
-        "learning_rate": min(5e-5 * (768 / hidden_size) ** 2, 5e-4),
+        "learning_rate": min(2.5e-5 * (768 / hidden_size) ** 2, 5e-4),
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
@@ -204,7 +206,7 @@ def default_arguments(num_rows: int, hidden_size: int, *, with_bf16: bool) -> di
 def has_fast_bf16() -> bool:
     """Whether bfloat16 arithmetic is native where training will run: three times as fast as float32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         return False
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -222,7 +224,7 @@ def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[Pr
     """
     names = list(label_names) if task != "regression" else ["score"]
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -327,6 +329,29 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     return layers[-1] if layers else None
 
 
+def tanh_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The square layer with a tanh between the first token and the logits, as in BERT and RoBERTa; None elsewhere."""
+    pooler = getattr(model.base_model, "pooler", None)
+    if isinstance(getattr(pooler, "activation", None), nn.Tanh):
+        layer = getattr(pooler, "dense", None)
+    elif type(model).__name__.startswith(("Roberta", "XLMRoberta", "Camembert")):
+        layer = getattr(getattr(model, "classifier", None), "dense", None)
+    else:
+        return None
+    return layer if isinstance(layer, nn.Linear) and layer.in_features == layer.out_features else None
+
+
+def pass_through(inputs_NH: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [H, H] and bias [H] of a tanh layer that hands its inputs on: centred, with a deviation of one half.
+
+    The pooler of a checkpoint was trained for another task, or not at all (all-MiniLM-L6-v2, 10 labels per class of
+    Banking77: 0.83 from its own, 0.85 from this one, on held-out training rows).
+    """
+    scale = 0.5 / inputs_NH.std().clamp_min(1e-12)
+    weight_HH = scale * torch.eye(inputs_NH.shape[1], dtype=inputs_NH.dtype)
+    return weight_HH, -scale * inputs_NH.mean(0)
+
+
 def fit_head(
     model: PreTrainedModel, rows: TextRows, task: str, context: StageContext, device: torch.device, *, bf16: bool
 ) -> None:
@@ -338,12 +363,22 @@ def fit_head(
     if layer is None:
         context.progress.warn("the head of this architecture has no last linear layer: it starts at random")
         return
+    model.to(device)  # type: ignore[arg-type]
     chosen = np.arange(len(rows))
     if len(rows) > HEAD_ROWS:
         chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:HEAD_ROWS])
         context.progress.info(f"fitting the head to {HEAD_ROWS} of {len(rows)} rows")
-    features_NH = head_inputs(model.to(device), layer, rows, chosen, context, bf16=bf16).to(torch.float64)
     labels = torch.as_tensor(rows.labels[chosen])
+    pooler = tanh_layer(model)
+    if pooler is None:
+        features_NH = head_inputs(model, layer, rows, chosen, context, bf16=bf16).to(torch.float64)
+    else:
+        first_NH = head_inputs(model, pooler, rows, chosen, context, bf16=bf16).to(torch.float64)
+        weight_HH, bias_H = pass_through(first_NH)
+        with torch.no_grad():
+            pooler.weight.copy_(weight_HH)
+            pooler.bias.copy_(bias_H)
+        features_NH = torch.tanh(first_NH @ weight_HH.T + bias_H)
     weight_CH, bias_C = fit_linear(features_NH, labels, task, layer.out_features)
     with torch.no_grad():
         layer.weight.copy_(weight_CH)
@@ -355,11 +390,11 @@ def fit_head(
 def head_inputs(
     model: PreTrainedModel, layer: nn.Linear, rows: TextRows, chosen: np.ndarray, context: StageContext, *, bf16: bool
 ) -> Tensor:
-    """What the last linear layer reads of the chosen rows, float32 [N, H] on the CPU, with dropout off."""
+    """What a layer of the head reads of the chosen rows, float32 [N, H] on the CPU, with dropout off."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float().cpu()))
     was_training = model.training
-    model.eval()
+    model.train(False)
     features_NH = torch.empty(len(chosen), layer.in_features)
     order = np.argsort(-rows.lengths[chosen], kind="stable")
     task = context.progress.task("fitting the head", total=len(chosen))
@@ -403,10 +438,10 @@ def fit_linear(
         else:
             fit = F.mse_loss(outputs_NC[:, 0], labels.to(outputs_NC.dtype))
         total = fit + penalty * weight_CH.square().sum()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimizer.step(loss)
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     weight_CH, bias_C = weight_CH.detach() / scale, bias_C.detach()
     return weight_CH, bias_C - weight_CH @ mean_H
 
@@ -441,12 +476,14 @@ class TeacherTrainer(Trainer):
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthGroupedSampler(self.train_dataset.lengths, batch_size=self._train_batch_size, seed=self.args.seed)
+        rows = self.train_dataset
+        assert isinstance(rows, TextRows)
+        return LengthGroupedSampler(rows.lengths, batch_size=self._train_batch_size, seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """An optimiser with one group per learning rate and weight decay."""
         if self.optimizer is None:
-            assert self.model is not None
+            assert isinstance(self.model, PreTrainedModel)
             decayed = set(self.get_decay_parameter_names(self.model))
             groups: dict[tuple[float, float], list[nn.Parameter]] = {}
             for name, rate in learning_rates(

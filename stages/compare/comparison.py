@@ -86,7 +86,7 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
     speeds: dict[str, dict[str, float]] = {}
     if stage.latency_texts:
         for model in models.values():
-            model.model.to("cpu")
+            model.model.to("cpu")  # type: ignore[arg-type]
         found = measure_speed(
             models, *corpus.texts(), num_texts=stage.latency_texts, seed=stage.bootstrap_seed, progress=progress
         )

@@ -80,4 +80,4 @@ def paired_bootstrap(
 
 
 def _mean_correct(logits: Sequence[np.ndarray], labels_N: np.ndarray) -> np.ndarray:
-    return np.mean([decide("single-label", logits_NC) == labels_N for logits_NC in logits], axis=0)
+    return np.asarray(np.mean([decide("single-label", logits_NC) == labels_N for logits_NC in logits], axis=0))

@@ -43,34 +43,27 @@ class Said(NullProgress):
     warn = info
 
 
-def test_the_teacher_opens_in_transformers_with_its_label_names(tiny_teacher, topics, tmp_path) -> None:
+def test_the_teacher_opens_in_transformers_with_its_label_names(make_model, judged, tmp_path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     said = Said()
+    encoder = make_model(tmp_path / "encoder", names=("positive", "negative", "neutral"))
     outcome = execute(
-        stage(
-            tiny_teacher,
-            topics / "train.csv",
-            tmp_path / "t",
-            eval_dataset=str(topics / "test.csv"),
-            freeze_embeddings=False,
-            learning_rate=3e-3,
-            eval_steps=20,
-            max_steps=40,
-        ),
+        stage(encoder, judged, tmp_path / "t", eval_dataset=str(judged), eval_steps=10, max_steps=20),
         StageContext(progress=said),
     )
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "t")
-    assert model.config.id2label == {0: "animal", 1: "other"}
-    assert model.config.label2id == {"animal": 0, "other": 1}
+    assert model.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+    assert model.config.label2id == {"negative": 0, "neutral": 1, "positive": 2}
     assert model.config.problem_type == "single_label_classification"
     assert AutoTokenizer.from_pretrained(tmp_path / "t")("the cat")["input_ids"]
     artifact = open_artifact(tmp_path / "t", kind="teacher")
-    assert artifact.content["label_names"] == ["animal", "other"]
+    assert artifact.content["label_names"] == ["negative", "neutral", "positive"]
     assert artifact.content["columns"]["text_column"] == "text"
     assert not (tmp_path / "t" / "checkpoints").exists()
-    assert "animal" not in (tmp_path / "t" / "README.md").read_text().splitlines()[0]
-    assert outcome.summary["metrics"]["accuracy"] > 0.9
+    assert "| accuracy |" in (tmp_path / "t" / "README.md").read_text()
+    # Nine of ten labels follow from what the encoder computes.
+    assert outcome.summary["metrics"]["accuracy"] > 0.75
     assert any("learning_rate=" in line and "num_train_epochs=" in line for line in said.lines)
 
 
