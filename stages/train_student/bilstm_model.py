@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
-class BiLstmConfig(PretrainedConfig):
+class BiLstmConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Shape of a `BiLstmForSequenceClassification`.
 
     Attributes:
@@ -79,23 +79,26 @@ class BiLstmLayer(nn.Module):
         return both_BTD * mask_BT[..., None].to(both_BTD.dtype)
 
 
-class BiLstmForSequenceClassification(PreTrainedModel):
+class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Embeddings, bidirectional LSTM, pooled sentence vector, ReLU layer, logits (Tang et al., arXiv 1903.12136).
 
     For a pair, both texts go through the same encoder and the head sees [u; v; |u - v|; u * v]: there is no attention
     between them. Rows without any token are safe and get the logits of a zero vector.
     """
 
+    config: BiLstmConfig
     config_class = BiLstmConfig
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
-    _no_split_modules = ["BiLstmLayer"]
 
     def __init__(self, config: BiLstmConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        num_labels = int(config.num_labels or 0)
+        self.num_labels = num_labels
         width = 2 * config.hidden_size
-        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        self.embeddings: nn.Module = nn.Embedding(
+            config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id
+        )
         self.layers = nn.ModuleList(
             BiLstmLayer(width if i else config.embedding_size, config.hidden_size)
             for i in range(config.num_hidden_layers)
@@ -103,9 +106,9 @@ class BiLstmForSequenceClassification(PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         sentence = 4 * width if config.pair else width
         self.head = nn.Linear(sentence, config.head_size) if config.head_size else None
-        self.classifier = nn.Linear(config.head_size or sentence, config.num_labels)
-        self.post_init()
-        self.embeddings.weight.requires_grad_(not config.freeze_embeddings)
+        self.classifier = nn.Linear(config.head_size or sentence, num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+        self.embeddings.requires_grad_(not config.freeze_embeddings)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -181,6 +184,7 @@ class _Sides:
     """A batch of B pairs as 2 B single texts without special tokens: all first texts, then all second ones."""
 
     def __init__(self, input_ids: Tensor, mask_BT: Tensor, config: BiLstmConfig) -> None:
+        assert config.sep_token_id is not None, "pairs need sep_token_id"
         separator_BT = input_ids.eq(config.sep_token_id) & mask_BT
         after_BT = separator_BT.cumsum(1) > 0
         text_BT = mask_BT & ~separator_BT

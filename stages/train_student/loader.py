@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -65,7 +65,7 @@ class BatchLoader:
             gathered.close()
 
 
-def gather_ahead(rows: Rows, batches: Iterable[np.ndarray], *, threads: int = 1) -> Iterator[Batch]:
+def gather_ahead(rows: Rows, batches: Iterable[np.ndarray], *, threads: int = 1) -> Generator[Batch, None, None]:
     """The batches in their order, some gathered before they are asked for."""
     if threads <= 0:
         yield from map(rows.batch, batches)

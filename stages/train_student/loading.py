@@ -30,8 +30,8 @@ class LoadedStudent(NamedTuple):
     @property
     def label_names(self) -> list[str]:
         """Names of the logits' columns."""
-        names = self.model.config.id2label
-        return [str(names[index]) for index in range(self.model.config.num_labels)]
+        names = {int(index): str(name) for index, name in (self.model.config.id2label or {}).items()}
+        return [names[index] for index in sorted(names)]
 
     def __call__(
         self, texts: Sequence[str], second_texts: Sequence[str] | None = None, *, batch_size: int = 64
@@ -40,7 +40,7 @@ class LoadedStudent(NamedTuple):
         import numpy as np
         import torch
 
-        logits = [np.empty((0, self.model.config.num_labels), np.float32)]
+        logits = [np.empty((0, len(self.label_names)), np.float32)]
         for start in range(0, len(texts), batch_size):
             first = list(texts[start : start + batch_size])
             second = None if second_texts is None else list(second_texts[start : start + batch_size])

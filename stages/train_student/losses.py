@@ -76,8 +76,8 @@ def vector_distance(
     of that paper does.
 
     >>> student, teacher = torch.tensor([[0.0, 3.0]]), torch.tensor([[2.0, 0.0]])
-    >>> vector_distance(student, teacher, normalize=True).item(), vector_distance(student, teacher, normalize=False).item()
-    (2.0, 13.0)
+    >>> [vector_distance(student, teacher, normalize=n).item() for n in (True, False)]
+    [2.0, 13.0]
     """
     student_BD, teacher_BD = _wide(student_BD), _wide(teacher_BD.detach())
     if normalize:
@@ -103,8 +103,8 @@ def token_mse(
         reduction: `token` is one mean over all true tokens of the batch instead (long examples weigh more).
 
     >>> states, mask = torch.tensor([[[1.0], [2.0]], [[4.0], [9.0]]]), torch.tensor([[True, True], [True, False]])
-    >>> token_mse(states, torch.zeros(2, 2, 1), mask).item(), token_mse(states, torch.zeros(2, 2, 1), mask, reduction="token").item()
-    (9.25, 7.0)
+    >>> [token_mse(states, torch.zeros(2, 2, 1), mask, reduction=r).item() for r in ("example", "token")]
+    [9.25, 7.0]
     """
     differences_BTD = (_wide(student_BTD) - _wide(teacher_BTD.detach())).masked_fill(~mask_BT[..., None], 0.0)
     squares_BT = differences_BTD.square().mean(-1)

@@ -66,7 +66,8 @@ class BatchOrder:
         """int64 [steps, G]: the rows of every optimiser step of an epoch, over all ranks."""
         order = length_grouped_order(self.lengths, batch_size=self.rows_per_step, seed=self.seed, epoch=epoch)
         kept = order[: self.steps_per_epoch * self.rows_per_step]
-        return self.rows[kept].reshape(self.steps_per_epoch, self.rows_per_step)
+        steps: np.ndarray = self.rows[kept].reshape(self.steps_per_epoch, self.rows_per_step)
+        return steps
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """The rows of this rank's forward passes, from a step of the epoch on."""

@@ -336,7 +336,9 @@ def _check_selection(prepared: Preparation) -> None:
         if not of_teacher:
             raise UsageError(
                 "--metric-for-best-model agreement compares with the teacher on rows held back",
-                details=[f"metrics here: {', '.join(metric_names(prepared.task.kind, len(prepared.task.label_names)))}"],
+                details=[
+                    f"metrics here: {', '.join(metric_names(prepared.task.kind, len(prepared.task.label_names)))}"
+                ],
                 fix="use it with --validation-fraction and without --baseline",
             )
         missing = [view for view in prepared.views if not view.reader.has("logits", view.rows).all()]
@@ -366,7 +368,7 @@ def _uniform(ids_N: np.ndarray, *, seed: int) -> np.ndarray:
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(11)) * 2.0**-53
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53)
 
 
 def _file_digest(files: Sequence[Path]) -> str:
@@ -376,5 +378,3 @@ def _file_digest(files: Sequence[Path]) -> str:
             with file.open("rb") as stream:
                 digest.update(f"{file.name}:".encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-

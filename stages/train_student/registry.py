@@ -72,7 +72,7 @@ class Registry(Generic[Part]):
         return part(**values)
 
     def describe(self) -> list[dict[str, Any]]:
-        """One entry per part, by name: `name`, `summary` (first docstring line), `options` (name to default), `source`."""
+        """One entry per part: `name`, `summary` (first docstring line), `options` (name to default), `source`."""
         return [
             {
                 "name": name,
@@ -133,7 +133,9 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if str(value) not in choices:
-            raise UsageError(f"{where} is {value!r}; expected one of {', '.join(choices)}{near_match(str(value), choices)}")
+            raise UsageError(
+                f"{where} is {value!r}; expected one of {', '.join(choices)}{near_match(str(value), choices)}"
+            )
         return str(value)
     text = str(value)
     if kind is bool:

@@ -24,6 +24,9 @@ class SeenRows(nn.Module):
         seen_S: int64, rising: ids that occur in training.
     """
 
+    slot_V: Tensor
+    start_VD: Tensor
+
     def __init__(self, table: nn.Embedding, seen_S: np.ndarray) -> None:
         super().__init__()
         weight_VD = table.weight.detach()
@@ -46,7 +49,8 @@ class SeenRows(nn.Module):
 
     def full(self) -> nn.Embedding:
         """The whole table, with the seen rows as they are now."""
-        table = nn.Embedding(*self.start_VD.shape, padding_idx=self.padding_idx, device=self.weight.device)
+        rows, width = self.start_VD.shape
+        table = nn.Embedding(rows, width, padding_idx=self.padding_idx, device=self.weight.device)
         with torch.no_grad():
             table.weight.copy_(self.start_VD)
             table.weight[self.slot_V >= 0] = self.weight

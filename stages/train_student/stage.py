@@ -57,7 +57,7 @@ class TrainStudent(TrainingOptions):
     )
     validation_fraction: float = option(
         0.0,
-        help="Without --eval-dataset: hold this share of the view back to evaluate on; variants of a text stay together.",
+        help="Hold this share of the view back to evaluate on, with all variants of a text.",
         panel=DATA,
     )
     text_column: str | None = option(None, help="Text column of --eval-dataset; the view's by default.", panel=DATA)

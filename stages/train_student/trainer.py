@@ -154,10 +154,16 @@ class StudentTrainer(Trainer):
 
     def predict_logits(self, rows: Rows) -> np.ndarray:
         """float32 [N, C] logits of the student in row order."""
-        distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return predict_logits(
-            distillation.student, rows, batch_size=self.args.per_device_eval_batch_size, device=self.args.device
+            self.student, rows, batch_size=self.args.per_device_eval_batch_size, device=self.args.device
         )
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model that is trained, out of whatever wraps it."""
+        distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(distillation, Distillation)
+        return distillation.student
 
 
 def predict_logits(
@@ -165,10 +171,11 @@ def predict_logits(
 ) -> np.ndarray:
     """float32 [N, C] logits in row order; rows are batched by length."""
     was_training = student.training
-    student.eval().to(device)
+    student.train(False)
+    nn.Module.to(student, device)
     order = np.argsort(rows.tokens.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    logits_NC = np.empty((len(rows), student.config.num_labels), np.float32)
+    logits_NC = np.empty((len(rows), int(student.config.num_labels or 0)), np.float32)
     with torch.inference_mode():
         for index, batch in zip(batches, gather_ahead(rows, batches), strict=True):
             inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}

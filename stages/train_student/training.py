@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from .preparation import AGREEMENT, Preparation
 from .rows import Rows, StoredTokens, StoreRows, TokensInMemory, TokenSource
 from .seen_rows import SeenRows
 from .trainer import Distillation, Metrics, StopAtSignal, StudentTrainer
-
-if TYPE_CHECKING:
-    from .stage import TrainStudent
 
 SEEN_SHARE = 0.8
 """A table of which training sees more than this share of the rows is trained whole."""
@@ -83,12 +80,12 @@ def train_student(prepared: Preparation, context: StageContext) -> StageResult:
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     metrics = _final_metrics(trainer, data)
+    student = whole(trainer.student)
     report = _report(prepared, data, trainer, metrics, build.start, float(result.training_loss))
     report.training["unknown_tokens"] = _unknown_share(tokenizer, data)
     report.training["seconds"] = round(time.perf_counter() - started, 3)
     if trainer.is_world_process_zero():
-        student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).student
-        export_run(stage.output_dir, whole(student).cpu(), tokenizer, report)
+        export_run(stage.output_dir, student, tokenizer, report)
     return StageResult(summary=report.summary(), content=report.content())
 
 
@@ -255,11 +252,13 @@ def _limit_to_seen_rows(model: PreTrainedModel, data: Data) -> None:
 
 
 def whole(student: PreTrainedModel) -> PreTrainedModel:
-    """The student with its full embedding table again, in evaluation mode."""
+    """The student with its full embedding table again, in evaluation mode on the CPU."""
     table = student.get_input_embeddings()
     if isinstance(table, SeenRows):
         student.set_input_embeddings(table.full())
-    return student.eval()
+    student.train(False)
+    torch.nn.Module.to(student, "cpu")
+    return student
 
 
 def _scorer(prepared: Preparation, data: Data) -> Any:
@@ -298,7 +297,7 @@ def _stopping_at_interrupt() -> Iterator[StopAtSignal]:
 
 
 def _announcement(prepared: Preparation, data: Data, trainer: StudentTrainer) -> str:
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
     return (
         f"{prepared.role} {prepared.stage.student} from {prepared.start}: {trainer.args.max_steps} steps of "
         f"{trainer.loader.order.rows_per_step} rows out of {len(data.train)}, {parameters / 1e6:.2f} M trainable "
@@ -326,12 +325,6 @@ def _report(
     stage, state, order = prepared.stage, trainer.state, trainer.loader.order
     clock, wait_s = trainer.clock, trainer.loader.wait_s
     busy_s = clock.step_s + wait_s
-    student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).student
-    table = student.get_input_embeddings()
-    hidden_rows = len(table.start_VD) - len(table.weight) if isinstance(table, SeenRows) else 0
-    num_parameters = sum(p.numel() for p in student.parameters()) + hidden_rows * (
-        table.weight.shape[1] if hidden_rows else 0
-    )
     if not np.isfinite(train_loss):
         raise RefusedError(
             "training diverged: the mean loss is not finite",
@@ -350,7 +343,7 @@ def _report(
         columns={name: getattr(info, name) for name in ("text_column", "text_pair_column", "label_column")},
         max_length=prepared.teacher.max_tokens,
         seed=stage.seed,
-        num_parameters=num_parameters,
+        num_parameters=sum(p.numel() for p in trainer.student.parameters()),
         evaluated_on=stage.eval_dataset or ("held-out rows of the view" if data.evaluation is not None else None),
         metrics=metrics,
         start_facts=dict(start_facts),

@@ -154,7 +154,9 @@ def parse_methods(specs: str | Sequence[str]) -> tuple[Term, ...]:
         raise UsageError("no method is given", fix="--method logit-mse (kd methods lists them)")
     for index, term in enumerate(terms):
         if any(term.method == other.method for other in terms[:index]):
-            raise UsageError(f"method {term.method.name!r} is given twice with the same options", fix="add up the weights")
+            raise UsageError(
+                f"method {term.method.name!r} is given twice with the same options", fix="add up the weights"
+            )
     return tuple(terms)
 
 
@@ -170,7 +172,9 @@ def _parse_one(text: str) -> Term:
             f"the weight {words[0]!r} in {text!r} is not a number", fix=f"{name}:0.5, options as {name}:0.5:key=value"
         ) from None
     if not 0 < weight < float("inf"):
-        raise UsageError(f"the weight {weight:g} in {text!r} is not a number above 0", fix="leave the method out instead")
+        raise UsageError(
+            f"the weight {weight:g} in {text!r} is not a number above 0", fix="leave the method out instead"
+        )
     return Term(weight, method)
 
 

@@ -38,7 +38,7 @@ class Pkd(Method):
         pairs = layer_pairs(self.layers, shapes, with_last=False, where="option 'layers' of method 'pkd'")
         if not pairs:
             raise UsageError(
-                f"method 'pkd' with layers={self.layers} leaves out the student's last layer, and this student has no other",
+                f"method 'pkd' with layers={self.layers} leaves out the student's last layer, and it has no other",
                 fix=f"use a deeper student, or name a pair: pkd:layers=1-{shapes.teacher_layers} (student-teacher)",
             )
         if len({shapes.sentence_widths[student] for student, _ in pairs}) > 1:

@@ -138,8 +138,12 @@ class Bert(Student):
                 prefix = f"encoder.layer.{teacher_layer - 1}."
                 found = {name: value for name, value in blocks.items() if name.startswith(prefix)}
                 if not found:
-                    raise RefusedError(f"sidecar 'layers' of store {teacher.store.url} has no tensors of layer {teacher_layer}")
-                tensors |= {f"encoder.layer.{index}.{name.removeprefix(prefix)}": value for name, value in found.items()}
+                    raise RefusedError(
+                        f"sidecar 'layers' of store {teacher.store.url} has no tensors of layer {teacher_layer}"
+                    )
+                tensors |= {
+                    f"encoder.layer.{index}.{name.removeprefix(prefix)}": value for name, value in found.items()
+                }
             if teacher.store.has_sidecar("head"):
                 tensors |= _without_prefix(teacher.tensors("head"))
         return tensors

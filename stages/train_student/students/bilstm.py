@@ -60,7 +60,9 @@ class BiLstm(Student):
     def __post_init__(self) -> None:
         for name, least in (("embedding_size", 0), ("hidden_size", 1), ("num_layers", 1), ("head_size", 0)):
             if getattr(self, name) < least:
-                raise UsageError(f"option {name!r} of student 'bilstm' is {getattr(self, name)}; expected {least} or more")
+                raise UsageError(
+                    f"option {name!r} of student 'bilstm' is {getattr(self, name)}; expected {least} or more"
+                )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"option 'dropout' of student 'bilstm' is {self.dropout:g}; expected 0 to below 1")
 
@@ -137,13 +139,12 @@ class BiLstm(Student):
         # Rows of NaN have no start of their own and stay as they were drawn.
         given_V = np.isfinite(table_VD).all(1)
         given_V[config.pad_token_id] = False
+        weight_VD = model.get_parameter("embeddings.weight")
         with torch.no_grad():
-            model.embeddings.weight[torch.from_numpy(given_V)] = torch.from_numpy(table_VD[given_V])
+            weight_VD[torch.from_numpy(given_V)] = torch.from_numpy(table_VD[given_V])
         return Build(model, {"embeddings_from_start": round(float(given_V.sum()) / (len(given_V) - 1), 4)})
 
-    def _table(
-        self, start: Start, teacher: TeacherFacts, tokenizer: PreTrainedTokenizerBase, width: int
-    ) -> np.ndarray:
+    def _table(self, start: Start, teacher: TeacherFacts, tokenizer: PreTrainedTokenizerBase, width: int) -> np.ndarray:
         """[V, width] float32 start of the embeddings; NaN where there is none."""
         vocabulary = _vocabulary(tokenizer)
         if start.kind == "embeddings":
@@ -181,9 +182,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(by_word, key=by_word.__getitem__)
 
 
-def word_tokenizer(
-    texts: Sequence[str], *, min_count: int, max_words: int, max_tokens: int
-) -> PreTrainedTokenizerBase:
+def word_tokenizer(texts: Sequence[str], *, min_count: int, max_words: int, max_tokens: int) -> PreTrainedTokenizerBase:
     """A tokenizer of lower-cased words, its vocabulary the most frequent ones of `texts`.
 
     Words are those of `kd augment`; `[MASK]` has its own row. Equal counts are ordered by the word, so the vocabulary
@@ -195,25 +194,24 @@ def word_tokenizer(
         max_words: most rows, special tokens included.
         max_tokens: `model_max_length` of the tokenizer.
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     from ...augment.words import WORD_PATTERN
 
     special = [PAD, UNKNOWN, SEPARATOR, MASK]
     backend = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
-    # The vocabulary is counted before special tokens are known, so the mask of any teacher becomes ours here.
-    masks = [normalizers.Replace(mask, MASK) for mask in ("[mask]", "<mask>")]
-    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *masks])
+    backend.normalizer = _normalizer(mask=" ")  # counted as a word, [MASK] would get a second row
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
     trainer = trainers.WordLevelTrainer(
         vocab_size=max_words, min_frequency=min_count, special_tokens=special, show_progress=False
     )
     backend.train_from_iterator(texts, trainer, length=len(texts))
+    backend.normalizer = _normalizer(mask=MASK)
     backend.post_processor = processors.TemplateProcessing(
         single="$A", pair=f"$A {SEPARATOR} $B:1", special_tokens=[(SEPARATOR, special.index(SEPARATOR))]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD,
         unk_token=UNKNOWN,
@@ -224,3 +222,11 @@ def word_tokenizer(
         padding_side="right",
         truncation_side="right",
     )
+
+
+def _normalizer(*, mask: str) -> Any:
+    """Composed, lower-cased text in which the mask token of any teacher has become `mask`."""
+    from tokenizers import normalizers
+
+    masks = [normalizers.Replace(token, mask) for token in ("[mask]", "<mask>")]
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *masks])

@@ -49,7 +49,8 @@ class Checkpoint(Student):
         from .. import bilstm_model  # noqa: F401  (makes AutoConfig know it)
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
+            return config
         except (OSError, ValueError) as error:
             raise RefusedError(
                 f"student {self.path!r} is neither a student's name nor a checkpoint that transformers opens",

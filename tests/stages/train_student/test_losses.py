@@ -57,10 +57,9 @@ def test_soft_target_tends_to_half_the_mean_squared_centred_distance(temperature
     assert abs(loss - limit) < 0.2 / temperature
 
 
+@pytest.mark.filterwarnings("ignore:reduction")
 def test_the_wrong_reduction_of_kl_would_be_seen() -> None:
-    wrong = 4 * torch.nn.functional.kl_div(
-        (STUDENT / 2).log_softmax(-1), (TEACHER / 2).softmax(-1), reduction="mean"
-    )
+    wrong = 4 * torch.nn.functional.kl_div((STUDENT / 2).log_softmax(-1), (TEACHER / 2).softmax(-1), reduction="mean")
     assert wrong.item() == pytest.approx(0.8116316914, abs=1e-9)
     assert losses.soft_target_kl(STUDENT, TEACHER, temperature=2.0).item() == pytest.approx(3 * wrong.item())
 

@@ -1,0 +1,199 @@
+"""Views with planted signals: every teacher value is a function of the exact tokens of its own row."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd.pipeline.artifact import write_manifest
+from kd.pipeline.fingerprint import fingerprint
+
+LABELS = ("negative", "neutral", "positive")
+NUM_LAYERS, WIDTH = 2, 32
+
+
+def key_of(ids: Sequence[int]) -> float:
+    """A number that tells rows apart by their token ids and the order of these."""
+    return float(sum((position + 1) * int(token) for position, token in enumerate(ids)) % 9973)
+
+
+def planted(signal: str, ids: Sequence[int], num_labels: int = 3) -> np.ndarray:
+    """What the store holds of `signal` for a row of these token ids."""
+    name, _, layer = signal.partition("@")
+    start = key_of(ids) + 100 * int(layer or 0)
+    if name == "logits":
+        return (2 * np.sin(start + np.arange(num_labels))).astype(np.float32)
+    if name == "hidden.tok":
+        return np.sin(np.asarray(ids)[:, None] + start + np.arange(WIDTH)).astype(np.float16)
+    offset = {"hidden.cls": 0.0, "hidden.mean": 0.5}[name]
+    return np.sin(start + offset + np.arange(WIDTH)).astype(np.float16)
+
+
+@pytest.fixture(scope="session", name="planted")
+def planted_fixture() -> Callable[..., np.ndarray]:
+    """What the store holds of a signal for a row of given token ids."""
+    return planted
+
+
+@dataclass(frozen=True)
+class PlantedView:
+    """A finished view folder, and what was put into it."""
+
+    path: Path
+    texts: list[str]
+    second: list[str] | None
+    labels: list[Any]
+
+
+@pytest.fixture(scope="session")
+def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PlantedView]:
+    """Makes views without running a teacher; no teacher folder exists beside them."""
+    from transformers import AutoTokenizer
+
+    from kd.pipeline.store import StoreIdentity, StoreLayout, array_spec, create_or_open, parse_signals, write_view
+    from kd.stages.cache_teacher.teacher import tokenizer_identity
+    from kd.stages.cache_teacher.tokenize import encode
+    from kd.stages.corpus import DatasetSource, load_corpus
+
+    files = tmp_path_factory.mktemp("teacher-files")
+    for folder, names in (("tokenizer", ("tokenizer.json", "tokenizer_config.json")), ("config", ("config.json",))):
+        (files / folder).mkdir()
+        for name in names:
+            shutil.copy(tiny_teacher / name, files / folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(str(files / "tokenizer"))
+
+    def make(
+        texts: list[str],
+        labels: list[Any] | None = None,
+        *,
+        second: list[str] | None = None,
+        parents: list[int | None] | None = None,
+        task: str = "single-label",
+        label_names: tuple[str, ...] = LABELS,
+        signals: str = "logits,hidden.cls@all,hidden.mean@all,hidden.tok@all",
+        sidecars: dict[str, dict[str, np.ndarray]] | None = None,
+        teacher: str = "one",
+        rows_per_shard: int = 16,
+    ) -> PlantedView:
+        folder = tmp_path_factory.mktemp("planted")
+        columns: dict[str, Any] = {"text": texts, "label": [None] * len(texts) if labels is None else labels}
+        if second is not None:
+            columns["second"] = second
+        pq.write_table(pa.table(columns), folder / "data.parquet")
+        source = DatasetSource(
+            dataset=str(folder / "data.parquet"),
+            text_column="text",
+            text_pair_column=None if second is None else "second",
+            label_column=None if labels is None else "label",
+            task=task,
+        )
+        corpus = load_corpus(source, label_names=label_names if task == "single-label" else None)
+        corpus = corpus.with_label_names(label_names if task != "regression" else (), task=task)
+        if parents is not None:
+            ids = corpus.table["example_id"].to_pylist()
+            column = pa.array([None if p is None else ids[p] for p in parents], pa.binary(16))
+            index = corpus.table.schema.get_field_index("parent_id")
+            corpus = corpus.replaced(table=corpus.table.set_column(index, "parent_id", column))
+        token_ids, segment_ids = encode(tokenizer, *corpus.texts(), 64)
+        problem = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}
+        names = label_names if task != "regression" else ("LABEL_0",)
+        identity = StoreIdentity(
+            teacher={"model_type": "bert", "tensors": teacher},
+            tokenizer=tokenizer_identity(tokenizer),
+            capture={"max_length": 64, "label_names": names, "problem_type": problem.get(task, "regression")},
+        )
+        store = create_or_open(
+            folder / "store", identity, StoreLayout.for_vocabulary(200, rows_per_shard=rows_per_shard)
+        )
+        allocation = store.allocate(token_ids, segment_ids)
+        specs = [
+            array_spec(signal, len(names) if signal.name == "logits" else WIDTH)
+            for signal in parse_signals(signals, NUM_LAYERS)
+        ]
+        store.declare(specs)
+        for shard in allocation.shards:
+            rows = store.read_tokens(shard).token_ids
+            writer = store.writer(shard, specs)
+            for spec in specs:
+                values = [planted(str(spec.signal), row.tolist(), len(names)) for row in rows]
+                put = writer.put_tokens if spec.axis == "token" else writer.put_rows
+                put(
+                    spec.signal,
+                    np.arange(len(rows)),
+                    np.concatenate(values) if spec.axis == "token" else np.stack(values),
+                )
+            writer.commit()
+        for name in ("tokenizer", "config"):
+            store.put_file_sidecar(name, files / name)
+        for name, tensors in (sidecars or {}).items():
+            store.put_sidecar(name, tensors)
+        view = folder / "view"
+        content = write_view(
+            view,
+            corpus.table,
+            allocation.rows,
+            store,
+            specs,
+            corpus={"info": corpus.info.to_json(), "fingerprint": corpus.fingerprint},
+        )
+        identity_of_view = {"corpus": corpus.fingerprint, "store": identity.digest}
+        write_manifest(
+            view,
+            {
+                "kd_version": "0",
+                "kind": "view",
+                "stage": "cache-teacher",
+                "fingerprint": fingerprint(identity_of_view),
+                "identity": identity_of_view,
+                "config": {
+                    "teacher": "teachers/tiny",
+                    "dataset": str(folder / "data.parquet"),
+                    "text_column": "text",
+                    "store": str(folder / "store"),
+                    "signals": signals,
+                    "output_dir": str(view),
+                },
+                "inputs": {},
+                "summary": {},
+                "content": content,
+            },
+        )
+        return PlantedView(view, texts, second, [] if labels is None else labels)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher_tensors(tiny_teacher: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The sidecars of the tiny teacher: groups of its tensors by their names."""
+    from transformers import AutoModelForSequenceClassification
+
+    from kd.stages.cache_teacher.sidecars import SIDECARS, tensors_of
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(tiny_teacher))
+    return {group: dict(tensors_of(model, group)) for group in SIDECARS}
+
+
+@pytest.fixture(scope="session")
+def view(
+    plant: Callable[..., PlantedView], sentences: list[str], teacher_tensors: dict[str, dict[str, np.ndarray]]
+) -> PlantedView:
+    """120 single texts, three quarters of them labelled, with every signal and every sidecar."""
+    labels = [LABELS[i % 3] if i % 4 else None for i in range(120)]
+    return plant(sentences[:120], labels, sidecars=teacher_tensors)
+
+
+@pytest.fixture(scope="session")
+def eval_file(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled dataset of 30 other texts."""
+    file = tmp_path_factory.mktemp("eval") / "eval.parquet"
+    pq.write_table(pa.table({"text": sentences[150:180], "label": list(LABELS) * 10}), file)
+    return file
