@@ -317,24 +317,28 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def mute_libraries() -> None:
-    """Keep the bars, logs and warnings of the libraries underneath to themselves.
+MUTED = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+"""The environment in which the libraries underneath keep their bars, logs and warnings to themselves."""
 
-    Call it before they are imported: they read their settings from the environment, and so do worker processes.
+
+def mute_libraries() -> None:
+    """Set `MUTED` where the user has not said otherwise.
+
+    Call it before the libraries are imported: they read their settings from the environment, and so do worker
+    processes.
     """
     import warnings
 
-    quiet = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "DATASETS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    for name, value in quiet.items():
+    for name, value in MUTED.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

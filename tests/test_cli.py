@@ -25,6 +25,7 @@ import kd
 from kd import cli, stages
 from kd.cli import main
 from kd.pipeline.config import stage_fields
+from kd.pipeline.progress import MUTED
 
 HEAVY = (
     "torch",
@@ -45,6 +46,10 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy commands beside the real ones, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("KD_")]:
+        monkeypatch.delenv(name)
+    for name in MUTED:
+        # Set and deleted: so that whatever a command sets is undone after the test.
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(stages, "COMMANDS", {**stages.COMMANDS, **toy_stages.COMMANDS})
     monkeypatch.setattr(cli, "COMMANDS", stages.COMMANDS)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from kd.pipeline.artifact import open_artifact
 from kd.pipeline.errors import IncompleteError, RefusedError, UsageError
+from kd.pipeline.progress import MUTED
 from kd.pipeline.stage import Stage, StageContext, StageResult, option
 
 
@@ -116,5 +117,5 @@ def install(folder: Path) -> dict[str, str]:
         "kd.cli.GROUPS['fit'] = 'Fit things.'\n"
     )
     here = str(Path(__file__).parent)
-    quiet = {name: value for name, value in os.environ.items() if not name.startswith("KD_")}
-    return {**quiet, "PYTHONPATH": os.pathsep.join([str(folder), here]), "PYTHONDONTWRITEBYTECODE": "1"}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("KD_") and name not in MUTED}
+    return {**plain, "PYTHONPATH": os.pathsep.join([str(folder), here]), "PYTHONDONTWRITEBYTECODE": "1"}

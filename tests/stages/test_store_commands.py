@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from kd.cli import main
+from kd.pipeline.progress import MUTED
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.store import Signal, StoreIdentity, StoreLayout, array_spec, create_or_open
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MUTED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
