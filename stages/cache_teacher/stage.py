@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .teacher import Teacher
     from .tokenize import Encoded
 
+CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
+
 TEACHER, CORPUS, STORE, RUNNING = "Teacher", "Corpus", "Store", "Running"
 
 
@@ -81,7 +83,11 @@ class CacheTeacher(Stage):
         None, help="Refuse a plan larger than this, such as 10GB.", identity=False, panel=STORE, metavar="SIZE"
     )
     batch_tokens: int | None = option(
-        None, help="Padded tokens per batch, 8192; fixed in a new store.", identity=False, panel=STORE, metavar="N"
+        None,
+        help="Padded tokens per batch, 2048 on a CPU and 8192 elsewhere; fixed in a new store.",
+        identity=False,
+        panel=STORE,
+        metavar="N",
     )
     rows_per_shard: int | None = option(
         None, help="Rows per shard, 4096; fixed in a new store.", identity=False, panel=STORE, metavar="N"
@@ -271,6 +277,7 @@ class CacheTeacher(Stage):
 
     def _layout(self, store: TeacherStore | None, warn: Any) -> StoreLayout:
         from ...pipeline.store import StoreLayout
+        from .teacher import resolve_device
 
         asked = {
             name: getattr(self, name)
@@ -278,7 +285,9 @@ class CacheTeacher(Stage):
             if getattr(self, name) is not None
         }
         if store is None:
-            layout = StoreLayout.for_vocabulary(self._teacher.vocab_size, **asked)
+            # A CPU is fastest while a batch stays in its cache: 2048 took 15 % less time than 8192 (MiniLM).
+            batch_tokens = CPU_BATCH_TOKENS if resolve_device(self.device) == "cpu" else BATCH_TOKENS
+            layout = StoreLayout.for_vocabulary(self._teacher.vocab_size, **({"batch_tokens": batch_tokens} | asked))
             if layout.tokens_per_shard < self._max_tokens:
                 raise UsageError(
                     f"--tokens-per-shard {layout.tokens_per_shard} does not hold a row of {self._max_tokens} tokens",
