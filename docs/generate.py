@@ -1,14 +1,17 @@
-"""Writes the pages that are made from the code: `docs/cli.md`. `make docs` runs it; a test compares."""
+"""Writes the pages that are made from the code: `cli.md` and `methods.md`. `make docs` runs it; a test compares."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kd.cli import ARTIFACT_OPTIONS, COMMON_OPTIONS, EXIT_CODES, SUMMARY
 from kd.pipeline.config import StageField, stage_fields
+from kd.pipeline.stage import StageContext
 from kd.stages import COMMANDS, stage_class
+from kd.stages.listings import ListMethods, ListSignals, ListStudents
 
-PAGE = Path(__file__).with_name("cli.md")
+FOLDER = Path(__file__).parent
 
 INTRODUCTION = f"""\
 # Command line
@@ -32,7 +35,59 @@ is never mixed with or replaced silently: the command is refused and shows the f
 """
 
 
-def page() -> str:
+METHODS_INTRODUCTION = """\
+# Methods, students, signals
+
+<!-- Made by docs/generate.py from the code: edit the docstrings there, then `make docs`. -->
+
+A **method** is a named loss. `--method` takes several with weights, and options after a colon:
+`soft-target:0.9:temperature=4,hard:0.1`. The loss that is minimised is the weighted sum; each term is logged under its
+name. Before anything loads, the signals that the methods need are compared with what the view holds; what is missing is
+named together with the command that captures it.
+
+**Reductions.** Unless an option says otherwise a loss is a mean over examples of a value that depends on nothing else in
+the batch: padding, order and grouping into batches change nothing. Soft targets are multiplied by temperature squared.
+
+**Hard labels** enter only through `hard`, and only on rows that have a gold label; augmented text carries none.
+
+**Projections** (maps between a student's width and the teacher's) are trained with the student, live in its checkpoints,
+and are not part of the exported student.
+
+**Layers** count from 0, the embedding output. A layer map pairs student-teacher: `layer_map=1-2+2-4`; `skip` spreads the
+student's layers evenly over the teacher's, `last` takes the teacher's top ones.
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made from the code, with its text."""
+    return {FOLDER / "cli.md": cli_page(), FOLDER / "methods.md": methods_page()}
+
+
+def methods_page() -> str:
+    """The text of `docs/methods.md`."""
+    context = StageContext()
+    methods = ListMethods().run(context).summary["methods"]
+    students = ListStudents().run(context).summary["students"]
+    signals = ListSignals().run(context).summary["signals"]
+    rows = [
+        f"| `{signal['name']}{'@LAYERS' if signal['per_layer'] else ''}` | {_cell(signal['summary'])} | "
+        f"{signal['axis']} | {signal['dtype']} |"
+        for signal in signals
+    ]
+    signal_table = "\n".join(["| signal | what it is | one per | stored as |", "|---|---|---|---|", *rows, ""])
+    parts = [METHODS_INTRODUCTION, "## Methods\n", _entries(methods), "## Students\n", _entries(students)]
+    return "\n".join([*parts, "## Signals\n", signal_table]).rstrip("\n") + "\n"
+
+
+def _entries(entries: list[dict[str, Any]]) -> str:
+    rows = []
+    for entry in entries:
+        options = "<br>".join(f"`{name}={value}`" for name, value in entry.get("options", {}).items())
+        rows.append(f"| `{entry['name']}` | {_cell(entry['summary'])} | {options} | {_cell(entry.get('source', ''))} |")
+    return "\n".join(["| name | what it does | options and defaults | source |", "|---|---|---|---|", *rows, ""])
+
+
+def cli_page() -> str:
     """The text of `docs/cli.md`."""
     parts = [INTRODUCTION, "## Commands\n", _commands(), "## Common options\n", _common(), "## Exit codes\n", _codes()]
     for command in COMMANDS:
@@ -103,5 +158,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
