@@ -45,16 +45,16 @@ A **method** is a named loss. `--method` takes several with weights, and options
 name. Before anything loads, the signals that the methods need are compared with what the view holds; what is missing is
 named together with the command that captures it.
 
-**Reductions.** Unless an option says otherwise a loss is a mean over examples of a value that depends on nothing else in
-the batch: padding, order and grouping into batches change nothing. Soft targets are multiplied by temperature squared.
+**Reductions.** Unless an option says otherwise a loss is a mean over examples of a value that depends on nothing else
+in the batch: padding, order and grouping into batches change nothing. Soft targets are multiplied by temperature squared.
 
 **Hard labels** enter only through `hard`, and only on rows that have a gold label; augmented text carries none.
 
-**Projections** (maps between a student's width and the teacher's) are trained with the student, live in its checkpoints,
-and are not part of the exported student.
+**Projections** (maps between a student's width and the teacher's) are trained with the student, live in its
+checkpoints, and are not part of the exported student.
 
-**Layers** count from 0, the embedding output. A layer map pairs student-teacher: `layer_map=1-2+2-4`; `skip` spreads the
-student's layers evenly over the teacher's, `last` takes the teacher's top ones.
+**Layers** count from 0, the embedding output. A layer map pairs student-teacher: `layer_map=1-2+2-4`; `skip` spreads
+the student's layers evenly over the teacher's, `last` takes the teacher's top ones.
 """
 
 
