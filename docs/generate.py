@@ -46,7 +46,8 @@ name. Before anything loads, the signals that the methods need are compared with
 named together with the command that captures it.
 
 **Reductions.** Unless an option says otherwise a loss is a mean over examples of a value that depends on nothing else
-in the batch: padding, order and grouping into batches change nothing. Soft targets are multiplied by temperature squared.
+in the batch: padding, order and grouping into batches change nothing. Soft targets are multiplied by temperature
+squared.
 
 **Hard labels** enter only through `hard`, and only on rows that have a gold label; augmented text carries none.
 
