@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     SchedulerType,
     Trainer,
     set_seed,
@@ -37,6 +35,8 @@ from ..pipeline.errors import RefusedError
 from ..pipeline.stage import StageContext, StageResult
 from .metrics import LOWER_IS_BETTER, check_metric, main_metric, task_metrics
 from .predict import load_predictor, longest_input
+from .teacher_head import HEAD_ROWS, start_head
+from .text_rows import TextRows
 from .training_options import CHECKPOINTS, attach_progress, length_grouped_order, resumable_checkpoint
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ PROBLEM_TYPE = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
+START = f"{CHECKPOINTS}/start.json"
+"""What the head started from: a resumed run must not decide it again."""
 LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks)\.(\d+)\.")
 
 
@@ -66,11 +68,42 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
     model, has_trained_head = load_encoder(source, info.task, info.label_names)
     max_length = stage.max_length or min(DEFAULT_LENGTH, longest_input(model.config, tokenizer))
     rows = TextRows(tokenizer, *train.texts(), labels, info.task, max_length)
+    freeze_embeddings = stage.freeze_embeddings if stage.freeze_embeddings is not None else len(rows) < FEW_ROWS
+    freeze(model, embeddings=freeze_embeddings, encoder=stage.freeze_encoder)
+    checkpoint = resumable_checkpoint(stage, output_dir)
+    with_bf16 = stage.bf16 if stage.bf16 is not None else not stage.fp16 and has_fast_bf16(stage.use_cpu)
+
+    def transfer_rows() -> TextRows:
+        texts = stage.transfer_texts(HEAD_ROWS)
+        return TextRows(tokenizer, *texts.texts(), np.zeros(len(texts)), info.task, max_length)
+
+    started = output_dir / START
+    if checkpoint is not None and started.exists():
+        head = json.loads(started.read_bytes())["head"]
+    elif has_trained_head or stage.head == "random":
+        head = "kept" if has_trained_head else "random"
+    else:
+        wanted = stage.head
+        if wanted == "auto" and (len(rows) >= FEW_ROWS or stage.freeze_encoder):
+            wanted = "fitted"
+        model.to("cuda" if torch.cuda.is_available() and not stage.use_cpu else "cpu")  # type: ignore[arg-type]
+        head = start_head(
+            model,
+            rows,
+            info.task,
+            transfer_rows,
+            head=wanted,
+            learning_rate=2 * encoder_rate(model.config.hidden_size),
+            bf16=with_bf16,
+            seed=stage.seed,
+            progress=context.progress,
+        )
+    atomic_write_bytes(started, json.dumps({"head": head}).encode())
     held_out = None
     if evaluation is not None:
         held_out = TextRows(tokenizer, *evaluation.texts(), evaluation.labels()[0], info.task, max_length)
 
-    defaults = default_arguments(len(rows), model.config.hidden_size, with_bf16=not stage.fp16 and has_fast_bf16())
+    defaults = default_arguments(len(rows), model.config.hidden_size, aligned=head == "aligned")
     metric = check_metric(stage.metric_for_best_model or main_metric(info.task), info.task, len(info.label_names))
     arguments = stage.training_arguments(
         output_dir=output_dir / CHECKPOINTS,
@@ -79,11 +112,10 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         greater_is_better=metric not in LOWER_IS_BETTER,
         remove_unused_columns=False,
         label_names=["labels"],
+        bf16=with_bf16,
         **defaults,
     )
-    freeze_embeddings = stage.freeze_embeddings if stage.freeze_embeddings is not None else len(rows) < FEW_ROWS
     head_learning_rate = stage.head_learning_rate or HEAD_FACTOR * arguments.learning_rate
-    freeze(model, embeddings=freeze_embeddings, encoder=stage.freeze_encoder)
     resolved = {
         "learning_rate": arguments.learning_rate,
         "head_learning_rate": head_learning_rate,
@@ -95,16 +127,13 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         "lr_scheduler_type": SchedulerType(arguments.lr_scheduler_type).value,
         "bf16": arguments.bf16,
         "freeze_embeddings": freeze_embeddings,
-        "head": "kept" if has_trained_head else stage.head,
+        "head": head,
     }
     context.progress.info(
         f"train-teacher: {len(rows)} labelled rows; " + ", ".join(f"{k}={_short(v)}" for k, v in resolved.items()),
         **resolved,
     )
 
-    checkpoint = resumable_checkpoint(stage, output_dir)
-    if checkpoint is None and stage.head == "fitted" and not has_trained_head:
-        fit_head(model, rows, info.task, context, arguments.device, bf16=arguments.bf16)
     trainer = TeacherTrainer(
         model=model,
         args=arguments,
@@ -178,36 +207,40 @@ DEFAULT_LENGTH = 128
 """Tokens an input is cut to."""
 FEW_ROWS = 5_000
 """Below this many labelled rows the word table stays as it is: most words occur in no labelled row."""
-HEAD_ROWS = 4_096
-"""Rows that the head is fitted to; more hardly move a linear model and cost a pass of the encoder."""
 HEAD_FACTOR = 10.0
 """Learning rate of the head over that of the encoder."""
 
 
-def default_arguments(num_rows: int, hidden_size: int, *, with_bf16: bool) -> dict[str, Any]:
+def default_arguments(num_rows: int, hidden_size: int, *, aligned: bool) -> dict[str, Any]:
     """`TrainingArguments` for a set of this size and an encoder of this width.
 
-    Few rows need many passes at a high rate; many rows need two.
+    Few rows need many passes; many rows need two. An aligned encoder starts close to where it ends: two thirds of the
+    passes at half the rate.
     """
     batch_size = 16 if num_rows < FEW_ROWS else 32
     steps_per_epoch = math.ceil(num_rows / batch_size)
     epochs = min(max(12.0 * (1000.0 / num_rows) ** 0.45, 2.0), 12.0)
+    epochs = max(epochs, min(300 / steps_per_epoch, 100.0))
     return {
-        "num_train_epochs": float(round(max(epochs, min(300 / steps_per_epoch, 100.0)))),
-        "learning_rate": min(2.5e-5 * (768 / hidden_size) ** 2, 5e-4),
+        "num_train_epochs": float(round(epochs * (2 / 3 if aligned else 1))),
+        "learning_rate": encoder_rate(hidden_size) * (0.5 if aligned else 1),
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
-        "bf16": with_bf16,
     }
 
 
-def has_fast_bf16() -> bool:
+def encoder_rate(hidden_size: int) -> float:
+    """Peak learning rate of an encoder of this width: narrow ones take a higher one (1e-4 for 384, 2.5e-5 for 768)."""
+    return min(2.5e-5 * (768 / hidden_size) ** 2, 5e-4)
+
+
+def has_fast_bf16(use_cpu: bool) -> bool:
     """Whether bfloat16 arithmetic is native where training will run: three times as fast as float32."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return bool(torch.cuda.is_bf16_supported())
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and not use_cpu:
         return False
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -261,39 +294,6 @@ def _names_in(source: str) -> list[str]:
     return [names[index] for index in sorted(names)]
 
 
-class TextRows(Dataset[dict[str, Any]]):
-    """Tokenised rows with their labels, and how they become a batch."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        texts_a: list[str],
-        texts_b: list[str] | None,
-        labels: np.ndarray,
-        task: str,
-        max_length: int,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._encoded = dict(tokenizer(texts_a, texts_b, truncation=True, max_length=max_length))
-        self._dtype = torch.int64 if task == "single-label" else torch.float32
-        self._max_length = max_length
-        self.labels = labels
-        self.lengths = np.array([len(ids) for ids in self._encoded["input_ids"]])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {name: column[row] for name, column in self._encoded.items()} | {"labels": self.labels[row]}
-
-    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A padded batch: input tensors [B, T] and `labels` [B] or [B, C]."""
-        labels = torch.as_tensor(np.array([row["labels"] for row in rows]), dtype=self._dtype)
-        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
-        multiple = 8 if self._max_length % 8 == 0 else None
-        return {**self._tokenizer.pad(inputs, return_tensors="pt", pad_to_multiple_of=multiple), "labels": labels}
-
-
 def freeze(model: PreTrainedModel, *, embeddings: bool, encoder: bool) -> None:
     """Keep the table of word embeddings, or everything below the head, as it is."""
     if encoder:
@@ -313,137 +313,6 @@ def _warn_of_absent_classes(train: Corpus, labels: np.ndarray, context: StageCon
             f"{len(absent)} of {len(train.info.label_names)} classes have no labelled row and will not be learned: "
             + ", ".join(absent[:5])
         )
-
-
-# --- the head ----------------------------------------------------------------------------------------------------
-
-
-def output_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """The last linear layer of the head, which gives the logits; None when the head has another shape."""
-    inside = {id(module) for module in model.base_model.modules()}
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and id(module) not in inside and module.out_features == model.config.num_labels
-    ]
-    return layers[-1] if layers else None
-
-
-def tanh_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """The square layer with a tanh between the first token and the logits, as in BERT and RoBERTa; None elsewhere."""
-    pooler = getattr(model.base_model, "pooler", None)
-    if isinstance(getattr(pooler, "activation", None), nn.Tanh):
-        layer = getattr(pooler, "dense", None)
-    elif type(model).__name__.startswith(("Roberta", "XLMRoberta", "Camembert")):
-        layer = getattr(getattr(model, "classifier", None), "dense", None)
-    else:
-        return None
-    return layer if isinstance(layer, nn.Linear) and layer.in_features == layer.out_features else None
-
-
-def pass_through(inputs_NH: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [H, H] and bias [H] of a tanh layer that hands its inputs on: centred, with a deviation of one half.
-
-    The pooler of a checkpoint was trained for another task, or not at all (all-MiniLM-L6-v2, 10 labels per class of
-    Banking77: 0.83 from its own, 0.85 from this one, on held-out training rows).
-    """
-    scale = 0.5 / inputs_NH.std().clamp_min(1e-12)
-    weight_HH = scale * torch.eye(inputs_NH.shape[1], dtype=inputs_NH.dtype)
-    return weight_HH, -scale * inputs_NH.mean(0)
-
-
-def fit_head(
-    model: PreTrainedModel, rows: TextRows, task: str, context: StageContext, device: torch.device, *, bf16: bool
-) -> None:
-    """Start the head at the optimum of a ridge-penalised linear model on the frozen encoder's outputs.
-
-    A random head's first gradients push a pretrained encoder about; a fitted one starts where it is already useful.
-    """
-    layer = output_layer(model)
-    if layer is None:
-        context.progress.warn("the head of this architecture has no last linear layer: it starts at random")
-        return
-    model.to(device)  # type: ignore[arg-type]
-    chosen = np.arange(len(rows))
-    if len(rows) > HEAD_ROWS:
-        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:HEAD_ROWS])
-        context.progress.info(f"fitting the head to {HEAD_ROWS} of {len(rows)} rows")
-    labels = torch.as_tensor(rows.labels[chosen])
-    pooler = tanh_layer(model)
-    if pooler is None:
-        features_NH = head_inputs(model, layer, rows, chosen, context, bf16=bf16).to(torch.float64)
-    else:
-        first_NH = head_inputs(model, pooler, rows, chosen, context, bf16=bf16).to(torch.float64)
-        weight_HH, bias_H = pass_through(first_NH)
-        with torch.no_grad():
-            pooler.weight.copy_(weight_HH)
-            pooler.bias.copy_(bias_H)
-        features_NH = torch.tanh(first_NH @ weight_HH.T + bias_H)
-    weight_CH, bias_C = fit_linear(features_NH, labels, task, layer.out_features)
-    with torch.no_grad():
-        layer.weight.copy_(weight_CH)
-        if layer.bias is not None:
-            layer.bias.copy_(bias_C)
-
-
-@torch.inference_mode()
-def head_inputs(
-    model: PreTrainedModel, layer: nn.Linear, rows: TextRows, chosen: np.ndarray, context: StageContext, *, bf16: bool
-) -> Tensor:
-    """What a layer of the head reads of the chosen rows, float32 [N, H] on the CPU, with dropout off."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float().cpu()))
-    was_training = model.training
-    model.train(False)
-    features_NH = torch.empty(len(chosen), layer.in_features)
-    order = np.argsort(-rows.lengths[chosen], kind="stable")
-    task = context.progress.task("fitting the head", total=len(chosen))
-    try:
-        for start in range(0, len(order), 64):
-            places = order[start : start + 64]
-            batch = rows.collate([rows[int(row)] for row in chosen[places]])
-            batch.pop("labels")
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            features_NH[torch.from_numpy(places)] = seen.pop().reshape(len(places), -1)
-            task.advance(len(places))
-    finally:
-        hook.remove()
-        model.train(was_training)
-        task.done()
-    return features_NH.clone()
-
-
-def fit_linear(
-    features_NH: Tensor, labels: Tensor, task: str, num_outputs: int, *, penalty: float = 1e-2
-) -> tuple[Tensor, Tensor]:
-    """Weights [C, H] and biases [C] of the linear model with the least penalised mean loss.
-
-    Loss is cross-entropy, binary cross-entropy or squared error by task; the penalty is `penalty` times the squared
-    norm of the weights in units where the features have mean 0 and one overall standard deviation of 1.
-    """
-    mean_H, scale = features_NH.mean(0), features_NH.std().clamp_min(1e-12)
-    inputs_NH = (features_NH - mean_H) / scale
-    weight_CH = torch.zeros(num_outputs, features_NH.shape[1], dtype=features_NH.dtype, requires_grad=True)
-    bias_C = torch.zeros(num_outputs, dtype=features_NH.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight_CH, bias_C], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        outputs_NC = inputs_NH @ weight_CH.T + bias_C
-        if task == "single-label":
-            fit = F.cross_entropy(outputs_NC, labels.long())
-        elif task == "multi-label":
-            fit = F.binary_cross_entropy_with_logits(outputs_NC, labels.to(outputs_NC.dtype))
-        else:
-            fit = F.mse_loss(outputs_NC[:, 0], labels.to(outputs_NC.dtype))
-        total = fit + penalty * weight_CH.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    weight_CH, bias_C = weight_CH.detach() / scale, bias_C.detach()
-    return weight_CH, bias_C - weight_CH @ mean_H
 
 
 # --- the Trainer -------------------------------------------------------------------------------------------------

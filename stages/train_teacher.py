@@ -56,10 +56,11 @@ class TrainTeacher(TrainingOptions):
     labels_total: int | None = option(None, help="Train on this many labelled rows in all.", panel=LABELS)
     label_seed: int = option(0, help="Which rows keep their label.", panel=LABELS)
     head: str = option(
-        "fitted",
-        help="Start of the classification head: fitted to the frozen encoder's outputs, or random.",
+        "auto",
+        help="Start of the head: random, fitted (to the frozen encoder's outputs), aligned (the same, after the first "
+        "token has learned to give the mean of all tokens), or auto: aligned where left-out rows speak for it.",
         panel=HEAD,
-        choices=("fitted", "random"),
+        choices=("auto", "aligned", "fitted", "random"),
     )
     head_learning_rate: float | None = option(None, help="Learning rate of head and pooler.", panel=HEAD)
     layer_learning_rate_decay: float | None = option(
@@ -89,7 +90,7 @@ class TrainTeacher(TrainingOptions):
         train = self.training_corpus()
         found = {
             "model": self._model_fingerprint(),
-            "dataset" if self.corpus is None else "corpus": train.fingerprint,
+            "dataset" if self.corpus is None else "corpus": self._originals().fingerprint,
         }
         if self.eval_dataset is not None:
             found["eval_dataset"] = self.evaluation_corpus(train).fingerprint
@@ -124,15 +125,7 @@ class TrainTeacher(TrainingOptions):
         Raises:
             RefusedError: no labelled row, or one class alone.
         """
-        from .corpus import hide_labels, load_corpus, open_corpus
-
-        corpus = open_corpus(self.corpus) if self.corpus is not None else load_corpus(self._source(self.dataset or ""))
-        corpus = hide_labels(
-            corpus,
-            labels_per_class=self.labels_per_class,
-            labels_total=self.labels_total,
-            label_seed=self.label_seed,
-        )
+        corpus = self._originals()
         corpus = corpus.replaced(table=corpus.table.filter(corpus.table["has_gold"]))
         where = self.corpus or self.dataset
         if not len(corpus):
@@ -145,6 +138,30 @@ class TrainTeacher(TrainingOptions):
                 fix="check --label-column, or keep labels of more classes",
             )
         return corpus
+
+    def transfer_texts(self, limit: int) -> Corpus:
+        """At most `limit` texts of the training set, labelled or not; which ones follows from the texts alone."""
+        import numpy as np
+        import pyarrow as pa
+
+        corpus = self._originals()
+        order = np.argsort(np.array(corpus.table["example_id"].to_pylist()))[:limit]
+        return corpus.replaced(table=corpus.table.take(pa.array(np.sort(order))))
+
+    def _originals(self) -> Corpus:
+        """Every row that no augmentation made, with labels hidden as asked."""
+        import pyarrow.compute as pc
+
+        from .corpus import hide_labels, load_corpus, open_corpus
+
+        corpus = open_corpus(self.corpus) if self.corpus is not None else load_corpus(self._source(self.dataset or ""))
+        corpus = corpus.replaced(table=corpus.table.filter(pc.equal(corpus.table["aug_op"].cast("string"), "orig")))
+        return hide_labels(
+            corpus,
+            labels_per_class=self.labels_per_class,
+            labels_total=self.labels_total,
+            label_seed=self.label_seed,
+        )
 
     def evaluation_corpus(self, train: Corpus) -> Corpus:
         """The rows of --eval-dataset with a label, numbered by the training corpus' label names."""

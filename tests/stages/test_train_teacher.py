@@ -136,7 +136,7 @@ def test_pairs_multi_label_and_regression_train(tiny_teacher, sentences, write_r
 def test_a_fitted_head_is_the_optimum_of_its_penalised_loss() -> None:
     import torch
 
-    from kd.stages.teacher_training import fit_linear
+    from kd.stages.teacher_head import fit_linear
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(60, 5, generator=generator, dtype=torch.float64) * 3 + 7
@@ -190,11 +190,11 @@ def test_defaults_follow_the_number_of_labelled_rows() -> None:
     from kd.stages.teacher_training import default_arguments
 
     sizes = (20, 770, 3668, 10_003, 67_349)
-    found = [default_arguments(size, 384, with_bf16=True) for size in sizes]
+    found = [default_arguments(size, 384, aligned=False) for size in sizes]
     epochs = [arguments["num_train_epochs"] for arguments in found]
     assert epochs == sorted(epochs, reverse=True)
     assert epochs[-1] == 2.0
-    assert default_arguments(770, 1024, with_bf16=False)["learning_rate"] < found[1]["learning_rate"]
+    assert default_arguments(770, 1024, aligned=False)["learning_rate"] < found[1]["learning_rate"]
 
 
 @pytest.mark.parametrize(
