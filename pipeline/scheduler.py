@@ -286,7 +286,9 @@ def _relay(id: str, lines: IO[str], log: IO[str], progress: Progress) -> None:
             continue
         event.pop("time", None)
         if kind in ("info", "warn", "estimate"):
-            getattr(progress, kind)(f"{id}: {event.pop('text', '')}", **event, step=id)
+            text = f"{id}: {event.pop('text', '')}"
+            # A step may report a field of the same name; a clash would end this thread, and with it the step's pipe.
+            getattr(progress, kind)(text, **{**event, "step": id})
         elif kind in ("start", "progress", "done"):
             _relay_task(id, kind, event, tasks, progress)
     for task, _ in tasks.values():

@@ -258,7 +258,7 @@ def _progress_callback(progress: Progress, name: str) -> TrainerCallback:
                     if isinstance(value, float | int) and not key.endswith(("_runtime", "_per_second", "epoch"))
                 }
                 text = " ".join(f"{key}={value}" for key, value in shown.items())
-                progress.info(f"{name}: step {state.global_step}: {text}", step=state.global_step, **shown)
+                progress.info(f"{name}: step {state.global_step}: {text}", global_step=state.global_step, **shown)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.task is not None:

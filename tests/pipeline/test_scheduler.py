@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kd.pipeline.scheduler import _relay
+from kd.pipeline.stage import NullProgress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import toy_stages
@@ -226,3 +230,17 @@ def test_a_folder_called_like_a_library_does_not_get_in_the_way(env: dict[str, s
     kd_script = shutil.which("kd", path=str(Path(sys.executable).parent))
     assert kd_script is not None
     subprocess.run([kd_script, "run", "flow.yaml", "--only", "a"], env=env, check=True, capture_output=True)
+
+
+def test_a_step_that_reports_a_field_named_step_does_not_stop_the_relay() -> None:
+    class Recorder(NullProgress):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, dict[str, object]]] = []
+
+        def info(self, text: str, **fields: object) -> None:
+            self.seen.append((text, fields))
+
+    recorder = Recorder()
+    lines = io.StringIO('{"event": "info", "text": "a", "step": 200}\n{"event": "info", "text": "b", "loss": 1}\n')
+    _relay("teacher", lines, io.StringIO(), recorder)
+    assert recorder.seen == [("teacher: a", {"step": "teacher"}), ("teacher: b", {"loss": 1, "step": "teacher"})]
