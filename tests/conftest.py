@@ -12,9 +12,15 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import itertools
 import random
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell without job control starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C
+# would then wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SUBJECTS = [
     *("the cat", "a dog", "my old friend", "the tall teacher"),
