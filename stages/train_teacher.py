@@ -57,8 +57,8 @@ class TrainTeacher(TrainingOptions):
     label_seed: int = option(0, help="Which rows keep their label.", panel=LABELS)
     head: str = option(
         "auto",
-        help="Start of the head: random, fitted (to the frozen encoder's outputs), aligned (the same, after the first "
-        "token has learned to give the mean of all tokens), or auto: aligned where left-out rows speak for it.",
+        help="Start of the head: random, fitted (to the frozen encoder), aligned (fitted, after the first token has "
+        "learned the mean of all tokens), or auto: aligned where left-out rows speak for it.",
         panel=HEAD,
         choices=("auto", "aligned", "fitted", "random"),
     )
