@@ -277,8 +277,10 @@ def _relay(id: str, lines: IO[str], log: IO[str], progress: Progress) -> None:
     """Hand on what a step reports: its JSON lines to our progress, everything to its log."""
     tasks: dict[str, tuple[ProgressTask, float]] = {}
     for line in lines:
-        log.write(line)
-        log.flush()
+        # Whatever happens here, the pipe is read to its end: a step whose stderr nobody reads would stand still.
+        with contextlib.suppress(OSError):
+            log.write(line)
+            log.flush()
         try:
             event = json.loads(line) if line.startswith("{") else {}
             kind = event.pop("event", None)
@@ -289,7 +291,7 @@ def _relay(id: str, lines: IO[str], log: IO[str], progress: Progress) -> None:
             text = f"{id}: {event.pop('text', '')}"
             # A step may report a field of the same name; a clash would end this thread, and with it the step's pipe.
             getattr(progress, kind)(text, **{**event, "step": id})
-        elif kind in ("start", "progress", "done"):
+        elif kind in ("start", "progress", "done") and "task" in event and "done" in event:
             _relay_task(id, kind, event, tasks, progress)
     for task, _ in tasks.values():
         task.done()

@@ -158,6 +158,12 @@ class Staged:
         make_folders(os.path.dirname(temporary))
         descriptor = _open_locked(temporary, wait=True)
         assert descriptor is not None
+        if os.fstat(descriptor).st_nlink > 1:
+            # Killed between link and unlink: this is the published file under its second name, not ours to empty.
+            os.unlink(temporary)
+            os.close(descriptor)
+            descriptor = _open_locked(temporary, wait=True)
+            assert descriptor is not None
         self._descriptor = descriptor
         try:
             os.ftruncate(self._descriptor, 0)
