@@ -13,7 +13,7 @@ import numpy as np
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store import ArraySpec, ShardWriter, TeacherStore
-from .teacher import Teacher, describe_teacher
+from .teacher import Teacher, describe_teacher, tensor_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,7 +108,10 @@ class LoadedTeacher:
         if self._runner is None or self._signals != signals:
             if self._runner is not None:
                 self._runner.close()
-            pad_token_id = self._teacher.tokenizer.pad_token_id
+            # The model's own first: classifiers that read the last token find it by this id.
+            pad_token_id = getattr(self._model.config, "pad_token_id", None)
+            if pad_token_id is None:
+                pad_token_id = self._teacher.tokenizer.pad_token_id
             self._runner = Runner(
                 self._model,
                 signals,
@@ -145,10 +148,12 @@ def _loaded_teacher(job: CaptureJob) -> LoadedTeacher:
     with _loading:
         if key not in _loaded:
             teacher = _described.get(key) or describe_teacher(job.teacher, trust_remote_code=job.trust_remote_code)
-            if teacher.tensor_digest != job.tensors:
+            # Of the weights that were just read: a digest remembered by file stat says nothing about a later change.
+            tensors = tensor_digest(teacher.load("auto"))
+            if tensors != job.tensors:
                 raise RefusedError(
                     f"teacher {job.teacher} changed while it was captured",
-                    details={"tensors at the start": job.tensors, "tensors now": teacher.tensor_digest},
+                    details={"tensors at the start": job.tensors, "tensors now": tensors},
                     fix="put the original teacher back, and run the same command again",
                 )
             model = teacher.load(job.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -406,6 +407,16 @@ class CacheTeacher(Stage):
         failed = [outcome for outcome in outcomes if outcome.failure is not None]
         if failed:
             return StageResult(summary | {"shards_failed": [o.shard for o in failed]}, failure=_incomplete(failed))
+        lacking = store.missing(plan.specs, allocation.shards)
+        if lacking:
+            return StageResult(
+                summary | {"shards_failed": sorted(lacking)},
+                failure=IncompleteError(
+                    f"{len(lacking)} shards of {self.store} have no record of all signals after the capture",
+                    details={"shards": ", ".join(map(str, sorted(lacking)[:10]))},
+                    fix="run the same command again: only these are computed",
+                ),
+            )
         content = write_view(
             self.output_dir,
             self._corpus.table,
@@ -434,7 +445,8 @@ class CacheTeacher(Stage):
         for outcome in map_shards(
             job,
             shards,
-            name=f"{store.digest()[:16]}-capture",
+            # Unique to this run: a shared scheduler answers a known key with the old task's result.
+            name=f"{store.digest()[:16]}-capture-{uuid.uuid4().hex[:8]}",
             workers=self.workers,
             cluster=self.cluster,
             worker_env=() if self._in_this_process else worker_environments(job.device),
