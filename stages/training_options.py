@@ -176,6 +176,8 @@ class TrainingOptions(Stage):
             "save_steps": 0.1,
             "save_total_limit": 1,
             "dataloader_pin_memory": not use_cpu,
+            # Without it a resumed run forgets how many evaluations early stopping has waited.
+            "restore_callback_states_from_checkpoint": True,
             **defaults,
             **given,
             "use_cpu": use_cpu,

@@ -59,8 +59,8 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
     teacher_model = None
     if stage.teacher is not None:
         teacher_model = load_predictor(stage.teacher, device=stage.device)
-        if "max_length" not in teacher_model.content and max_length:
-            # A teacher that kd did not train: shown what the store showed it.
+        if max_length and teacher_model.content.get("max_length") != max_length:
+            # The teacher as captured: shown as many tokens as the store showed it.
             teacher_model = load_predictor(stage.teacher, device=stage.device, max_length=max_length)
     reference = teacher_model or load_predictor(groups[0].first.path, device=stage.device)
     task = reference.task
@@ -246,6 +246,9 @@ def _add_differences(
                 rows[index][name] = share_of_gap(means[index], means[base], teacher_value, metric_name=metric_name)
         rows[index]["gain_over_start"] = None
         label = f"{group.first.student} from {group.first.init}, {group.first.method}"
+        for role, base in (("floor", floor), ("start", start)):
+            if base is not None and (role == "start" or base != start):
+                notes += _unequal_budgets(label, group, role, groups[base])
         if start is None:
             notes.append(f"no baseline from the same start for {label}: train one with --baseline")
             continue
@@ -259,10 +262,18 @@ def _add_differences(
             seed=stage.bootstrap_seed,
         )
         rows[index]["gain_over_start"] = {"mean": means[index] - means[start], "low": low, "high": high}
-        steps = groups[start].first.steps
-        if steps != group.first.steps:
-            notes.append(f"unequal budgets: {label} took {group.first.steps} steps, its baseline {steps}")
     return notes
+
+
+def _unequal_budgets(label: str, group: Group, role: str, baseline: Group) -> list[str]:
+    """One note if a distilled group and its baseline did not have the same to learn with."""
+    ours, theirs = group.first.budget, baseline.first.budget
+    differing = [
+        f"{name.replace('_', ' ')} {ours[name]} against {theirs[name]}"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    return [f"unequal budgets: {label} and its {role}: {', '.join(differing)}"] if differing else []
 
 
 def _higher_is_better(metric_name: str) -> bool:

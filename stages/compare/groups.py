@@ -28,6 +28,7 @@ class Run:
         seed, steps: of its training.
         rows: rows that it was trained on; None if unknown.
         seconds: wall time of its training; None if unknown.
+        budget: what a fair baseline shares: steps asked for, rows per step, gold rows, learning rate.
         content: the kind-specific part of the manifest.
     """
 
@@ -43,6 +44,7 @@ class Run:
     steps: int
     rows: int | None
     seconds: float | None
+    budget: Mapping[str, Any]
     content: Mapping[str, Any]
 
 
@@ -88,6 +90,7 @@ def read_run(path: str | Path) -> Run:
         steps=content["steps"],
         rows=manifest.get("summary", {}).get("rows"),
         seconds=manifest.get("summary", {}).get("seconds"),
+        budget=content.get("budget", {"max_steps": content["steps"]}),
         content=content,
     )
 

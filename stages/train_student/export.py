@@ -76,6 +76,12 @@ class Report:
             "view": list(self.views.values()),
             "seed": self.seed,
             "steps": self.training["steps"],
+            "budget": {
+                "max_steps": self.training["max_steps"],
+                "rows_per_step": self.training["rows_per_step"],
+                "rows_with_gold": self.training["rows_with_gold"],
+                "learning_rate": self.arguments.get("learning_rate"),
+            },
             "task": self.task,
             "label_names": list(self.label_names),
             "columns": dict(self.columns),

@@ -216,6 +216,9 @@ class StopAtSignal(TrainerCallback):
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
+            # With a limit of one, transformers ends training by deleting all checkpoints but the best: this one too.
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2
 
 
 def _as_it_is(batch: Any) -> Any:
