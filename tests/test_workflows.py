@@ -69,7 +69,7 @@ def test_the_quickstart_runs_whole_and_an_edit_would_run_only_what_depends_on_it
 
     first = kd_run(*words)
     assert {*states(first).values()} == {"done"}
-    assert [*states(first)] == ["teacher", "corpus", "view", "bilstm-baseline", "bilstm", "bert", "compare"]
+    assert [*states(first)] == ["corpus", "teacher", "view", "bilstm-baseline", "bilstm", "bert", "compare"]
     table = first["comparison_table"]
     assert all(word in table for word in ("teacher", "start", "distilled", "bilstm", "bert")), table
     stores = sorted((tmp_path / "runs" / "stores").iterdir())
