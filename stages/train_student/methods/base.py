@@ -6,6 +6,7 @@ Dimension key: B examples, C classes, T token positions, D features; layer 0 is 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -92,20 +93,20 @@ class Targets:
         return self.signals[str(signal)]
 
 
-class Method:
+class Method(ABC):
     """Base of the methods. A subclass is a frozen dataclass of options, entered with `@methods.register(name)`."""
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     """Where the loss is from."""
 
+    @abstractmethod
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         """Teacher signals the loss needs from the store.
 
         Raises:
             UsageError: the options do not fit the two models.
         """
-        raise NotImplementedError
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
         """Student outputs the loss reads: "logits", or "token@1", "sentence@2", "mean@1"."""
@@ -115,11 +116,11 @@ class Method:
         """Modules trained with the student and dropped from its export."""
         return nn.ModuleDict()
 
+    @abstractmethod
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         """Scalar terms by name; each is logged and the trainer alone weighs and sums them."""
-        raise NotImplementedError
 
 
 methods: Registry[Method] = Registry("method")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -171,7 +172,7 @@ class Build:
     start: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Student:
+class Student(ABC):
     """Base of the students. A subclass is a frozen dataclass of options, entered with `@students.register(name)`."""
 
     name: ClassVar[str]
@@ -208,21 +209,21 @@ class Student:
                 "embeddings", *(["layers"] if start.kind == "layers" else []), needed_by=f"--init {start}"
             )
 
+    @abstractmethod
     def widths(self, start: Start, teacher: TeacherFacts, task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Widths of token states and of sentence vectors, for layers 0 (embeddings) to L."""
-        raise NotImplementedError
 
     def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
         """The student's tokenizer; `texts` gives the training texts when it has to be learned."""
         return teacher.tokenizer
 
+    @abstractmethod
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
         """The student at its start; what the start leaves open is drawn from torch's global generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(self, model_output: Any, mask_BT: Tensor) -> StudentOutputs:
         """What the methods may read of one forward pass."""
-        raise NotImplementedError
 
 
 students: Registry[Student] = Registry("student")
