@@ -216,6 +216,18 @@ def test_an_interrupt_saves_the_step_it_came_in_and_resumes(
     assert (run / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 
+def test_an_interrupt_keeps_its_checkpoint_beside_the_best_one(
+    view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With a limit of one checkpoint, transformers ends training by deleting all but the best.
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        dies_at(19, patched, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(view, run, **{**FULL, "validation_fraction": 0.3, "eval_steps": 4, "save_total_limit": 1})
+    assert (run / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists()
+
+
 def test_an_unfinished_checkpoint_is_passed_over(
     view: Any, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
