@@ -274,6 +274,8 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
         raise RefusedError(f"{folder} is a file; a {stage.kind} is a directory", fix="give another --output-dir")
     identity = stage._identity(inputs)
     wanted = fingerprint(identity)
+    for place in (folder, _aside(folder)):
+        _finish_deleting(place)
 
     found = read_manifest(folder)
     if found is None and not context.overwrite:
@@ -298,7 +300,7 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
             context.progress.info(
                 f"{stage.command}: {folder} is made again: {'; '.join(changed)}", changed=list(changed)
             )
-        _set_aside(folder)
+        _set_aside(folder, found)
     elif folder.exists() and any(folder.iterdir()):
         _take_over(folder, stage, identity, context)
 
@@ -364,10 +366,7 @@ def _locked(marker: Path) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RefusedError(
-                f"another process is working in {marker.parent} now",
-                fix="wait for it and run the same command again, or give another --output-dir",
-            ) from None
+            raise _busy(marker.parent) from None
         except OSError:
             pass  # A file system without locks: the marker alone has to do.
         yield descriptor
@@ -407,10 +406,32 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(folder.name + ".replaced")
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: Path, found: Mapping[str, Any]) -> None:
+    """Move a finished artifact aside; refuses when it is no longer the one that was `found` there."""
     _refuse_store(folder)
-    _discard(_aside(folder))
-    folder.rename(_aside(folder))
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise _busy(folder) from None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # While this waited, the same command started elsewhere may have moved it and begun to make it anew.
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)) or read_manifest(folder) != found:
+            raise _busy(folder)
+        _discard(_aside(folder))
+        folder.rename(_aside(folder))
+    except FileNotFoundError:
+        raise _busy(folder) from None
+    finally:
+        os.close(descriptor)
+
+
+def _busy(folder: Path) -> RefusedError:
+    return RefusedError(
+        f"another process is working in {folder} now",
+        fix="wait for it and run the same command again, or give another --output-dir",
+    )
 
 
 def _restore(folder: Path, wanted: str) -> dict[str, Any] | None:
@@ -437,7 +458,19 @@ def _discard(folder: Path) -> None:
             f"{folder} would be deleted, which is not an artifact of kd",
             fix="move it away, or give another --output-dir",
         )
-    shutil.rmtree(folder)
+    # Out of the way in one step: a kill between two deletions must not leave a folder that nobody knows.
+    _finish_deleting(folder)
+    folder.rename(_deleting(folder))
+    _finish_deleting(folder)
+
+
+def _deleting(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleting")
+
+
+def _finish_deleting(folder: Path) -> None:
+    """Remove what an earlier `_discard` of this folder renamed and did not live to delete."""
+    shutil.rmtree(_deleting(folder), ignore_errors=True)
 
 
 def _refuse_store(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 
+from kd.pipeline import stage as stage_module
 from kd.pipeline.artifact import open_artifact
 from kd.pipeline.errors import IncompleteError, RefusedError
 from kd.pipeline.stage import UNFINISHED, Stage, StageContext, StageResult, execute, option
@@ -221,3 +222,41 @@ def test_a_summary_with_nan_does_not_cost_the_artifact(tmp_path: Path) -> None:
     first = execute(Odd(output_dir=str(tmp_path / "a")))
     assert first.artifact is not None and first.artifact.content == {"scores": [None, 1.0]}
     assert execute(Odd(output_dir=str(tmp_path / "a"))).summary == first.summary
+
+
+def test_a_kill_amid_deleting_a_replaced_artifact_leaves_nothing_that_is_refused(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "a"
+    execute(Count(limit=1, output_dir=str(folder)))
+
+    def die_halfway(path: Path, **options: object) -> None:
+        if Path(path).exists():
+            (Path(path) / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", die_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            execute(Count(limit=2, output_dir=str(folder)), StageContext(overwrite=True))
+    for limit in (3, 4):
+        execute(Count(limit=limit, output_dir=str(folder)), StageContext(overwrite=True))
+    assert open_artifact(folder).content["limit"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_artifact_that_another_process_has_moved_meanwhile_is_not_moved_again(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "a"
+    execute(Count(limit=1, output_dir=str(folder)))
+    real = stage_module._differences
+
+    def meanwhile(*args: object) -> tuple[str, ...]:
+        # The same command elsewhere: moves the old artifact aside and begins.
+        folder.rename(tmp_path / "a.replaced")
+        folder.mkdir()
+        (folder / UNFINISHED).write_text("{}")
+        return real(*args)
+
+    monkeypatch.setattr(stage_module, "_differences", meanwhile)
+    with pytest.raises(RefusedError, match="another process is working"):
+        execute(Count(limit=2, output_dir=str(folder)), StageContext(overwrite=True))
+    assert open_artifact(tmp_path / "a.replaced").content["limit"] == 1
+    assert (folder / UNFINISHED).read_text() == "{}"
