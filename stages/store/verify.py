@@ -1,4 +1,4 @@
-"""Looking at a store, and checking it: `kd store inspect` and `kd store verify`."""
+"""`kd store verify`: every file of a store against its record."""
 
 from __future__ import annotations
 
@@ -7,52 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..pipeline.errors import IncompleteError, KdError, VerificationError
-from ..pipeline.executor import check_execution, map_shards
-from ..pipeline.progress import size
-from ..pipeline.stage import Stage, StageContext, StageResult, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectStore(Stage):
-    """What a store holds, from its records alone."""
-
-    command: ClassVar[str] = "store inspect"
-    summary_line: ClassVar[str] = "Print what a store holds: identity, rows, signals, bytes."
-
-    store: str = option(help="The store.", positional=True, metavar="STORE")
-
-    def run(self, context: StageContext) -> StageResult:
-        from ..pipeline.store import open_store
-
-        return StageResult(summary=open_store(self.store).inspect())
-
-    def report(self, summary: Mapping[str, Any]) -> str:
-        identity, capture = summary["identity"], summary["identity"]["capture"]
-        lines = [
-            f"store {summary['url']}",
-            f"  digest   {summary['digest']}",
-            f"  rows     {summary['rows']:,} with {summary['tokens']:,} tokens in {summary['shards']:,} shards",
-            f"  bytes    {size(summary['bytes'])}",
-            f"  teacher  {_line(identity['teacher'])}",
-            f"  capture  {_line(capture)}",
-            f"  sidecars {', '.join(summary['sidecars']) or '(none)'}",
-            "  signals",
-        ]
-        width = max((len(name) for name in summary["signals"]), default=0)
-        for name, signal in summary["signals"].items():
-            shape = "".join(f" x {length}" for length in signal["shape"])
-            state = f"{signal['shards']} of {summary['shards']} shards"
-            lines.append(
-                f"    {name:<{width}}  per {signal['axis']}{shape} {signal['dtype']}, {state}, {size(signal['bytes'])}"
-            )
-        return "\n".join(lines)
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    """The short values of a mapping on one line; long ones belong into --json."""
-    texts = {key: str(value) for key, value in values.items() if not isinstance(value, Mapping)}
-    return "  ".join(f"{key}={text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items())
+from ...pipeline.errors import IncompleteError, KdError, VerificationError
+from ...pipeline.executor import check_execution, map_shards
+from ...pipeline.progress import size
+from ...pipeline.stage import Stage, StageContext, StageResult, option
 
 
 @dataclass(frozen=True)
@@ -62,7 +20,7 @@ class _VerifyShard:
     url: str
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> Any:
-        from ..pipeline.store.verify import verify_shard
+        from ...pipeline.store.verify import verify_shard
 
         return verify_shard(self.url, shard)
 
@@ -91,7 +49,7 @@ class VerifyStore(Stage):
         check_execution(self.workers, self.cluster)
 
     def run(self, context: StageContext) -> StageResult:
-        from ..pipeline.store import verify_store
+        from ...pipeline.store import verify_store
 
         started = time.perf_counter()
         died: list[str] = []
