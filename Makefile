@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check bench docs clean
+.PHONY: quickstart test faults check bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,8 +17,11 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## the main job on real text: Banking77, MiniLM teacher, three students, one table
 	$(BIN)/kd run workflows/quickstart.yaml
 
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests, with a small part of what `make faults` does
 	$(BIN)/python -m pytest -q
+
+faults: $(READY)  ## the store broken on purpose: kills, flipped bits, hostile files (at most ten minutes on two cores)
+	$(BIN)/python -m pytest -q -m faults tests/faults
 
 check: $(READY) .links/kd  ## format, lint, types, layers, fast tests
 	$(BIN)/ruff format --check .

@@ -109,6 +109,16 @@ def make_tiny_teacher(
     return folder
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out `faults` unless `-m` names them; here and not in `addopts`, since the last `-m` alone counts."""
+    if "faults" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("faults")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope="session")
 def sentences() -> list[str]:
     """200 distinct sentences in words that the tiny teacher's tokenizer knows."""
