@@ -112,7 +112,9 @@ def test_the_sst2_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, senten
     # The second view finds the originals in the store.
     assert rows["view-of-variants"].manifest["summary"]["rows_known"] >= len(sentences[:140])
     assert [*ran][-1] == "compare"
-    assert open_artifact(tmp_path / "runs" / "floor" / "seed=1").content["role"] == "baseline"
+    compared = open_artifact(ran["compare"].output_dir).manifest["summary"]
+    assert [group["role"] for group in compared["groups"]] == ["floor", "start", "distilled", "distilled"]
+    assert all(len(group["tried"]) == 2 for group in compared["groups"])
 
 
 @pytest.mark.slow
@@ -122,6 +124,7 @@ def test_the_mrpc_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, senten
         **{"data": str(data), "model": str(tiny_teacher), "max_length": 40, "num_variants": 1, "seeds": [1]},
         **{"layers": 1, "start": "layers:2", "signals": "logits,hidden.cls@1", "teacher_epochs": 1},
         **{"method": "soft-target:0.5:temperature=2,hard:0.5", "steps": 4, "batch_size": 16},
+        **{"learning_rates": [1e-4]},
     }
     run_here("mrpc-bert.yaml", tmp_path / "runs", given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
     """Do what `kd compare` does."""
     corpus = stage.read_split()
     labels, _ = corpus.labels()
-    groups = make_groups([read_run(path) for path in stage.runs])
+    groups = make_groups([read_run(path) for path in stage.runs], search=stage.search)
     max_length = groups[0].first.content.get("max_length")
     progress = context.progress
 
@@ -107,6 +108,8 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
         accuracy = (teacher or scored[-1]).metrics[0]["accuracy"]
         error = np.sqrt(accuracy * (1 - accuracy) / len(corpus))
         notes.append(f"{len(corpus)} rows: one standard error of an accuracy is about {100 * error:.1f} points")
+    if stage.search and any(run.evaluated_on == stage.dataset for group in groups for run in group.runs):
+        notes.append(f"the values of {', '.join(stage.search)} were chosen on {stage.dataset} itself")
     if any(len(group.runs) == 1 for group in groups):
         notes.append("one seed: no spread over seeds is known; evidence takes three, five below 5,000 rows")
 
@@ -205,6 +208,7 @@ def _row(group: Group, scored: Scored, task: str, teacher: Scored | None) -> dic
         "metrics": {name: mean for name, (mean, _) in spread.items()},
         "deviations": {name: deviation for name, (_, deviation) in spread.items()},
         "agreement": None,
+        "tried": [dataclasses.asdict(point) for point in group.tried],
     }
     if teacher is not None:
         found["agreement"] = float(
@@ -248,7 +252,7 @@ def _add_differences(
         label = f"{group.first.student} from {group.first.init}, {group.first.method}"
         for role, base in (("floor", floor), ("start", start)):
             if base is not None and (role == "start" or base != start):
-                notes += _unequal_budgets(label, group, role, groups[base])
+                notes += _unequal_budgets(label, group, role, groups[base], stage.search)
         if start is None:
             notes.append(f"no baseline from the same start for {label}: train one with --baseline")
             continue
@@ -265,13 +269,13 @@ def _add_differences(
     return notes
 
 
-def _unequal_budgets(label: str, group: Group, role: str, baseline: Group) -> list[str]:
-    """One note if a distilled group and its baseline did not have the same to learn with."""
+def _unequal_budgets(label: str, group: Group, role: str, baseline: Group, search: Sequence[str]) -> list[str]:
+    """One note if a distilled group and its baseline did not have the same to learn with, searched options apart."""
     ours, theirs = group.first.budget, baseline.first.budget
     differing = [
         f"{name.replace('_', ' ')} {ours[name]} against {theirs[name]}"
         for name in ours
-        if name in theirs and ours[name] != theirs[name]
+        if name in theirs and name not in search and ours[name] != theirs[name]
     ]
     return [f"unequal budgets: {label} and its {role}: {', '.join(differing)}"] if differing else []
 

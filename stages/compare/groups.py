@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...pipeline.artifact import open_artifact
-from ...pipeline.errors import RefusedError
+from ...pipeline.errors import RefusedError, near_match
 from ...pipeline.fingerprint import fingerprint
+from ..metrics import LOWER_IS_BETTER, main_metric
 
 RANDOM = "random"
 
@@ -21,7 +22,7 @@ class Run:
     Attributes:
         path: its folder.
         fingerprint: of everything that made it.
-        group_key: the same without the seed.
+        identity: what that is a hash of.
         role: "baseline" or "distilled".
         student, init, method: as the user would write them.
         views: fingerprints of what it was trained on.
@@ -29,12 +30,13 @@ class Run:
         rows: rows that it was trained on; None if unknown.
         seconds: wall time of its training; None if unknown.
         budget: what a fair baseline shares: steps asked for, rows per step, gold rows, learning rate.
+        evaluated_on: what its own metrics were measured on; None when nothing was.
         content: the kind-specific part of the manifest.
     """
 
     path: Path
     fingerprint: str
-    group_key: str
+    identity: Mapping[str, Any]
     role: str
     student: str
     init: str
@@ -45,14 +47,47 @@ class Run:
     rows: int | None
     seconds: float | None
     budget: Mapping[str, Any]
+    evaluated_on: str | None
     content: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The options that are part of its identity."""
+        return dict(self.identity.get("config", {}))
+
+    def key_without(self, *options: str) -> str:
+        """Hash of everything that made it but these options."""
+        config = {name: value for name, value in self.config.items() if name not in options}
+        return fingerprint({**self.identity, "config": config})
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One point of a search.
+
+    Attributes:
+        options: the values of the searched options.
+        metric, score: mean over the seeds of what the runs themselves measured, on their validation rows.
+        seeds: how many.
+    """
+
+    options: Mapping[str, Any]
+    metric: str
+    score: float
+    seeds: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; the best of those that differ in searched options too.
+
+    Attributes:
+        runs: by seed.
+        tried: every point of the search, the chosen one first; none where nothing was searched.
+    """
 
     runs: tuple[Run, ...]
+    tried: tuple[Tried, ...] = ()
 
     @property
     def first(self) -> Run:
@@ -75,12 +110,10 @@ def read_run(path: str | Path) -> Run:
     """
     artifact = open_artifact(path, kind="run")
     manifest, content = artifact.manifest, artifact.content
-    identity = dict(manifest.get("identity", {}))
-    config = {name: value for name, value in identity.get("config", {}).items() if name != "seed"}
     return Run(
         path=artifact.path,
         fingerprint=artifact.fingerprint,
-        group_key=fingerprint({**identity, "config": config}),
+        identity=manifest.get("identity", {}),
         role=content["role"],
         student=content["student"],
         init=content["init"],
@@ -91,15 +124,20 @@ def read_run(path: str | Path) -> Run:
         rows=manifest.get("summary", {}).get("rows"),
         seconds=manifest.get("summary", {}).get("seconds"),
         budget=content.get("budget", {"max_steps": content["steps"]}),
+        evaluated_on=manifest.get("summary", {}).get("evaluated_on"),
         content=content,
     )
 
 
-def make_groups(runs: Sequence[Run]) -> list[Group]:
+def make_groups(runs: Sequence[Run], *, search: Sequence[str] = ()) -> list[Group]:
     """Groups in the order floor, start, distilled; inside a role in the order given; a run given twice counts once.
 
+    Args:
+        search: options of train-student that were tried with several values. Of runs that differ in these alone, the
+            values with the best mean validation score stay; the same seeds must have been run with all of them.
+
     Raises:
-        RefusedError: runs of different tasks.
+        RefusedError: runs of different tasks, an option that no run has, or runs that cannot be chosen among.
     """
     tasks = {run.content["task"]: run.path for run in runs}
     if len(tasks) > 1:
@@ -107,12 +145,59 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
             "these runs do different tasks and cannot be compared",
             details=[f"{task}: {path}" for task, path in tasks.items()],
         )
-    members: dict[str, dict[str, Run]] = {}
+    for name in search:
+        if any(name not in run.config for run in runs):
+            known = sorted(set.intersection(*(set(run.config) for run in runs)))
+            raise RefusedError(f"--search {name}: not an option of these runs{near_match(name, known)}")
+    members: dict[str, dict[str, dict[str, Run]]] = {}
     for run in runs:
-        members.setdefault(run.group_key, {}).setdefault(run.fingerprint, run)
-    groups = [Group(tuple(sorted(found.values(), key=lambda run: run.seed))) for found in members.values()]
+        row, point = run.key_without("seed", *search), run.key_without("seed")
+        members.setdefault(row, {}).setdefault(point, {}).setdefault(run.fingerprint, run)
+    groups = [_best([*found.values()], search) for found in members.values()]
     order = {"floor": 0, "start": 1, "distilled": 2}
     return sorted(groups, key=lambda group: order[group.role])
+
+
+def _best(points: Sequence[Mapping[str, Run]], search: Sequence[str]) -> Group:
+    """The group of the point with the best validation score; on a tie the one given first."""
+    groups = [tuple(sorted(found.values(), key=lambda run: run.seed)) for found in points]
+    if len(groups) == 1:
+        return Group(groups[0])
+    first = groups[0][0]
+    seeds = {tuple(run.seed for run in group) for group in groups}
+    if len(seeds) > 1:
+        raise RefusedError(
+            f"the search over {', '.join(search)} is not complete: {first.student} from {first.init}, {first.method}",
+            details=[
+                f"{_point(group[0], search)}: seeds {', '.join(str(run.seed) for run in group)}" for group in groups
+            ],
+            fix="run every value with the same seeds",
+        )
+    metric = main_metric(first.content["task"])
+    if any(metric not in run.content.get("metrics", {}) for group in groups for run in group):
+        metric = "agreement"
+    for run in (run for group in groups for run in group):
+        if run.content.get("metrics", {}).get(metric) is None:
+            raise RefusedError(
+                f"{run.path} has no validation score, so nothing can be chosen by it",
+                fix="train it with --validation-fraction or --eval-dataset, or leave --search out",
+            )
+    tried = [
+        Tried(_point(group[0], search), metric, _mean(run.content["metrics"][metric] for run in group), len(group))
+        for group in groups
+    ]
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    order = sorted(range(len(groups)), key=lambda index: -sign * tried[index].score)
+    return Group(groups[order[0]], tuple(tried[index] for index in order))
+
+
+def _point(run: Run, search: Sequence[str]) -> dict[str, Any]:
+    return {name: run.config[name] for name in search}
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = [*values]
+    return sum(found) / len(found)
 
 
 def baselines(group: Group, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:

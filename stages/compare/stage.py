@@ -37,6 +37,13 @@ class Compare(Stage):
     text_column: str | None = option(None, help="Column of the (first) text; as in training by default.", panel=DATA)
     text_pair_column: str | None = option(None, help="Column of the second text of a pair.", panel=DATA)
     label_column: str | None = option(None, help="Column of the label; as in training by default.", panel=DATA)
+    search: tuple[str, ...] = option(
+        (),
+        help="Options that were tried with several values, such as learning_rate: of runs that differ in these alone, "
+        "those with the best validation score are the row.",
+        panel=MEASURE,
+        metavar="OPTION,...",
+    )
     metric: str | None = option(None, help="What to compare by; the task's main metric by default.", panel=MEASURE)
     bootstrap_samples: int = option(2000, help="Resamples of the paired bootstrap.", panel=MEASURE)
     bootstrap_seed: int = option(0, help="Seed of the bootstrap and of the timed texts.", panel=MEASURE)

@@ -131,6 +131,23 @@ def gain_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def search_lines(summary: Mapping[str, Any]) -> list[str]:
+    """One line per row whose options were chosen among several values."""
+    lines = []
+    for group in summary["groups"]:
+        points = [
+            f"{', '.join(f'{name} {value}' for name, value in point['options'].items())} "
+            f"({_figure(point['metric'], point['score'])})"
+            for point in group["tried"]
+        ]
+        if points:
+            lines.append(
+                f"chosen by validation {group['tried'][0]['metric']}: {group['role']} {group['student']} from "
+                f"{group['init']}, {group['method']}: {points[0]}, not {', '.join(points[1:])}"
+            )
+    return lines
+
+
 def footer_lines(summary: Mapping[str, Any]) -> list[str]:
     """Labels, steps, wall time, notes, machine and command."""
     lines = []
@@ -144,6 +161,7 @@ def footer_lines(summary: Mapping[str, Any]) -> list[str]:
     seconds = [group["train_seconds"] for group in summary["groups"] if group["train_seconds"]]
     trained = f"steps per run: {', '.join(map(str, steps))}"
     lines.append(trained + (f"; training took {min(seconds):.0f} to {max(seconds):.0f} s a run" if seconds else ""))
+    lines += search_lines(summary)
     lines += summary["notes"]
     machine = summary["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")

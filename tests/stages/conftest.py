@@ -101,9 +101,12 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
         label_names: Sequence[str] = NAMES,
         task: str = "single-label",
         view: str = "a",
+        learning_rate: float = 1e-3,
+        validation: float | None = 0.5,
     ) -> Path:
         make_model(folder, noise=noise, seed=seed, names=names)
         config = {"student": student, "init": init, "method": [method], "baseline": role == "baseline", "steps": steps}
+        config |= {"learning_rate": learning_rate}
         identity = {"stage": "train-student", "config": {**config, "seed": seed}, "inputs": {"view": view}}
         columns = {"text_column": "text", "text_pair_column": None, "label_column": "label"}
         write_manifest(
@@ -112,7 +115,7 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
                 "kind": "run",
                 "fingerprint": fingerprint(identity),
                 "identity": identity,
-                "summary": {"seconds": 12.0, "rows": 200},
+                "summary": {"seconds": 12.0, "rows": 200, "evaluated_on": "held-out rows of the view"},
                 "content": {
                     "role": role,
                     "student": student,
@@ -125,6 +128,8 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
                     "label_names": list(names or label_names),
                     "columns": columns,
                     "max_length": 48,
+                    "metrics": {} if validation is None else {"accuracy": validation},
+                    "budget": {"max_steps": steps, "learning_rate": learning_rate},
                 },
             },
         )

@@ -149,3 +149,18 @@ def test_any_metric_of_the_task_may_lead(runs, judged, tmp_path) -> None:
     summary = execute(compare).summary
     assert summary["main_metric"] == "macro_f1"
     assert summary["groups"][-1]["gain_over_start"]["low"] <= summary["groups"][-1]["gain_over_start"]["high"]
+
+
+def test_a_search_is_told_and_its_options_are_no_unequal_budget(make_run, judged, tmp_path) -> None:
+    made = [
+        make_run(tmp_path / "base-1", role="baseline", learning_rate=1e-3, validation=0.6),
+        make_run(tmp_path / "base-3", role="baseline", learning_rate=3e-3, validation=0.7),
+        make_run(tmp_path / "distilled-1", learning_rate=1e-3, validation=0.9),
+        make_run(tmp_path / "distilled-3", learning_rate=3e-3, validation=0.8),
+    ]
+    compare = stage([str(run) for run in made], judged, tmp_path, latency_texts=0, search=("learning_rate",))
+    summary = execute(compare).summary
+    assert [group["runs"][0]["path"] for group in summary["groups"]] == [str(made[1]), str(made[2])]
+    assert not any("unequal" in note for note in summary["notes"])
+    text = compare.report(summary)
+    assert "chosen by validation accuracy: distilled" in text and "learning_rate 0.001 (90.00), not" in text

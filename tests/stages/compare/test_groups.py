@@ -49,3 +49,36 @@ def test_runs_of_different_tasks_are_refused(make_run, tmp_path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", task="multi-label")]
     with pytest.raises(RefusedError, match="different tasks"):
         make_groups([read_run(run) for run in runs])
+
+
+def test_a_search_keeps_the_value_with_the_best_mean_validation_score(make_run, tmp_path) -> None:
+    scores = {(1e-3, 1): 0.70, (1e-3, 2): 0.90, (3e-3, 1): 0.95, (3e-3, 2): 0.60}
+    runs = [
+        read_run(make_run(tmp_path / f"{rate}-{seed}", learning_rate=rate, seed=seed, validation=score))
+        for (rate, seed), score in scores.items()
+    ]
+    other = read_run(make_run(tmp_path / "other", view="b", learning_rate=3e-3))
+    assert len(make_groups([*runs, other])) == 3
+    found, alone = make_groups([*runs, other], search=("learning_rate",))
+    assert [(run.config["learning_rate"], run.seed) for run in found.runs] == [(1e-3, 1), (1e-3, 2)]
+    assert [(point.options["learning_rate"], round(point.score, 3)) for point in found.tried] == [
+        (1e-3, 0.8),
+        (3e-3, 0.775),
+    ]
+    assert alone.tried == ()
+
+
+def test_a_search_that_cannot_be_decided_is_refused(make_run, tmp_path) -> None:
+    runs = [
+        read_run(make_run(tmp_path / "a", seed=1)),
+        read_run(make_run(tmp_path / "b", seed=1, learning_rate=3e-3)),
+        read_run(make_run(tmp_path / "c", seed=2)),
+    ]
+    with pytest.raises(RefusedError, match="not complete") as refusal:
+        make_groups(runs, search=("learning_rate",))
+    assert any("seeds 1, 2" in line for line in refusal.value.details)
+    with pytest.raises(RefusedError, match="did you mean 'learning_rate'"):
+        make_groups(runs, search=("learnin_rate",))
+    unjudged = read_run(make_run(tmp_path / "d", seed=1, learning_rate=2e-3, validation=None))
+    with pytest.raises(RefusedError, match="no validation score"):
+        make_groups([*runs[:2], unjudged], search=("learning_rate",))
