@@ -62,23 +62,26 @@ class CaptureJob:
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[ShardWriter, int, int] | None:
         """Run the teacher over a shard; None when all is there, since another process was faster."""
-        from .runner import plan_batches
-
         lacking = self.store.missing(self.specs, [shard]).get(shard)
         if lacking is None:
             return None
-        loaded = _loaded_teacher(self)
-        runner = loaded.runner({spec.signal: spec.dtype for spec in lacking})
-        halved_before = runner.num_halved
-        rows = self.store.read_tokens(shard)
         writer = self.store.writer(shard, lacking)
+        return writer, *self.fill(writer, lacking, advance)
+
+    def fill(self, writer: ShardWriter, specs: Sequence[ArraySpec], advance: Callable[[int], None]) -> tuple[int, int]:
+        """Run the teacher over the rows of a writer's shard: (rows, batches that did not fit into memory)."""
+        from .runner import plan_batches
+
+        runner = _loaded_teacher(self).runner({spec.signal: spec.dtype for spec in specs})
+        halved_before = runner.num_halved
+        rows = self.store.read_tokens(writer.shard)
         batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
         for batch in runner.run(rows.token_ids, rows.segment_ids, batches):
-            for spec in lacking:
+            for spec in specs:
                 put = writer.put_tokens if spec.axis == "token" else writer.put_rows
                 put(spec.signal, batch.slots, batch.values[spec.signal])
             advance(len(batch.slots))
-        return writer, len(rows.rows), runner.num_halved - halved_before
+        return len(rows.rows), runner.num_halved - halved_before
 
     def finish(self, computed: tuple[ShardWriter, int, int] | None) -> CapturedShard:
         """Commit the shard."""

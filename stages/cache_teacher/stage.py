@@ -203,21 +203,9 @@ class CacheTeacher(Stage):
 
     @cached_property
     def _identity_of_store(self) -> StoreIdentity:
-        from ...pipeline.store import StoreIdentity
-        from .teacher import tokenizer_identity
+        from .teacher import store_identity
 
-        teacher = self._teacher
-        return StoreIdentity(
-            teacher=teacher.identity(),
-            tokenizer=tokenizer_identity(teacher.tokenizer),
-            capture={
-                "max_length": self._max_tokens,
-                "dtype": self.dtype,
-                "attention": teacher.attention,
-                "label_names": teacher.label_names,
-                "problem_type": teacher.problem_type,
-            },
-        )
+        return store_identity(self._teacher, max_length=self.max_length, dtype=self.dtype)
 
     def _max_bytes(self) -> int | None:
         from ...pipeline.store import parse_bytes

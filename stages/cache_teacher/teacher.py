@@ -24,6 +24,8 @@ from ...pipeline.fingerprint import fingerprint
 if TYPE_CHECKING:
     from torch import nn
 
+    from ...pipeline.store import StoreIdentity
+
 TASK_OF_PROBLEM = {
     "single_label_classification": "single-label",
     "multi_label_classification": "multi-label",
@@ -344,6 +346,28 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     probes = ["Straße naïve ＡＢＣ 北京 don't 3.14", "x\tY\nz  ...", "UPPER lower #tag @name http://a.b/c?d=e"]
     seen = [tokenizer(probe)["input_ids"] for probe in probes]
     return identity | {"behaviour": fingerprint([sorted(tokenizer.get_vocab().items()), seen])}
+
+
+def store_identity(teacher: Teacher, *, max_length: int, dtype: str) -> StoreIdentity:
+    """Identity of the store that a capture of this teacher belongs to.
+
+    Args:
+        max_length: tokens per row asked for; the teacher may take fewer.
+        dtype: compute dtype.
+    """
+    from ...pipeline.store import StoreIdentity
+
+    return StoreIdentity(
+        teacher=teacher.identity(),
+        tokenizer=tokenizer_identity(teacher.tokenizer),
+        capture={
+            "max_length": min(max_length, teacher.max_tokens),
+            "dtype": dtype,
+            "attention": teacher.attention,
+            "label_names": teacher.label_names,
+            "problem_type": teacher.problem_type,
+        },
+    )
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
