@@ -6,8 +6,10 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import typer
@@ -270,7 +272,7 @@ def _run(stage_type: type[Stage], given: dict[str, Any]) -> None:
         overwrite = {name: common.get(name, False) for name, *_ in ARTIFACT_OPTIONS}
         context = StageContext(progress=progress, verbose=common["verbose"], **overwrite)
         try:
-            with _stdout_kept_clean():
+            with _terminated_like_interrupted(), _stdout_kept_clean():
                 outcome = execute(stage, context)
         except KeyboardInterrupt:
             note = f"{stage.command}: " + stage.on_interrupt.format_map(stage.config())
@@ -278,6 +280,22 @@ def _run(stage_type: type[Stage], given: dict[str, Any]) -> None:
     code = _print_outcome(stage, outcome, as_json=common["json"])
     if code:
         raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch queues send before they kill, does what Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Asked now: training puts its own handler there, which lets a step end and saves a checkpoint.
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else signal.default_int_handler)(number, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _split(field: StageField, value: Any) -> Any:

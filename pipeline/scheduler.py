@@ -77,10 +77,10 @@ def run_workflow(
 
     Raises:
         RefusedError: another `kd run` is working in the same folder.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the running steps have ended too.
+        KeyboardInterrupt: Ctrl-C, after the running steps have ended too.
     """
     folder = Path(workflow.output_dir)
-    with _folder_lock(folder) as lock, _terminated_like_interrupted():
+    with _folder_lock(folder) as lock:
         return _Run(workflow, progress, jobs, verbose, lock).all(
             _already_done(workflow, plan) if plan is not None else {}
         )
@@ -404,17 +404,3 @@ def _folder_lock(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which batch queues send, stops the steps too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stop: Callable[[int, Any], Any] = signal.default_int_handler
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

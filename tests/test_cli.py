@@ -260,8 +260,12 @@ def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_exits_130_with_one_line_that_says_how_it_goes_on(toys: None, tmp_path: Path, as_json: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "as_json"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_ctrl_c_exits_130_with_one_line_that_says_how_it_goes_on(
+    toys: None, tmp_path: Path, number: int, as_json: bool
+) -> None:
     process = start(
         toy_stages.install(tmp_path),
         *("make", "--output-dir", "a", "--log", "log", "--until", "never", "--quiet"),
@@ -270,7 +274,7 @@ def test_ctrl_c_exits_130_with_one_line_that_says_how_it_goes_on(toys: None, tmp
     deadline = time.monotonic() + 30
     while not Path("log").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     note = "make: half of a is kept; the same command goes on"
