@@ -166,6 +166,25 @@ def shard_file(array: str, num_dims: int, shard: int) -> str:
     return "/".join([array, "c", str(shard), *["0"] * num_dims])
 
 
+_SHARD_FILE = re.compile(r"([a-z0-9_.]+(?:/[0-9]{2,3})?)/c/(0|[1-9][0-9]{0,7})(?:/0)*")
+
+
+def parse_shard_file(name: str) -> tuple[str, int] | None:
+    """(path of the array, shard) of the name of a shard file; None for any other name.
+
+    >>> parse_shard_file("hidden.tok/06/c/3/0")
+    ('hidden.tok/06', 3)
+    """
+    match = _SHARD_FILE.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def array_label(path: str) -> str:
+    """An array for people: `hidden.tok@6` for `hidden.tok/06`."""
+    name, _, layer = path.partition("/")
+    return f"{name}@{int(layer)}" if layer else name
+
+
 def index_file(shard: int) -> str:
     """Path of a shard's row index inside the store."""
     return f"{INDEX}/{shard:08d}.parquet"

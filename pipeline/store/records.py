@@ -165,8 +165,8 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def hash_parts(parts: Sequence[Buffer]) -> tuple[int, str, str]:
-    """(bytes, xxh3_128 of all, xxh3_128 of the first 4096 bytes) of a file made of these parts."""
+def hash_parts(parts: Iterable[Buffer]) -> tuple[int, str, str]:
+    """(bytes, xxh3_128 of all, xxh3_128 of the first 4096 bytes) of a file made of these parts, in one pass."""
     whole, head, left, size = xxhash.xxh3_128(), xxhash.xxh3_128(), HEAD_BYTES, 0
     for part in parts:
         view = memoryview(part).cast("B")

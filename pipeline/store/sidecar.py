@@ -162,8 +162,9 @@ def read_record(files: StoreFiles, store: str, name: str) -> Sidecar:
         ) from None
     try:
         record = json.loads(data)
+        written = canonical_json(record) + b"\n"
         digest = record.pop("digest")
-        if fingerprint(record) != digest or record["format"] != 1 or record["name"] != name:
+        if fingerprint(record) != digest or written != data or record["format"] != 1 or record["name"] != name:
             raise ValueError("it was edited or damaged")
         if record["store"] != store:
             raise ValueError("it belongs to another store")

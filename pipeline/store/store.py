@@ -130,17 +130,8 @@ def create_or_open(
                 fix="give another --store, or an empty folder",
             )
         new_layout = layout or StoreLayout()
-        content = {
-            "format": STORE_FORMAT,
-            "version": STORE_VERSION,
-            "identity": identity.to_json(),
-            "layout": new_layout.to_json(),
-        }
-        content["digest"] = fingerprint(content)
         with files.lock():
-            files.create(
-                STORE_FILE, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-            )
+            files.create(STORE_FILE, store_file_bytes(identity, new_layout))
     store = open_store(url, expect=identity)
     if layout is not None:
         store.layout.require_equal(layout, url=store.url)
@@ -149,6 +140,18 @@ def create_or_open(
         files.sweep()
         store.prepare()
     return store
+
+
+def store_file_bytes(identity: StoreIdentity, layout: StoreLayout) -> bytes:
+    """store.json as it stands on disk."""
+    content = {
+        "format": STORE_FORMAT,
+        "version": STORE_VERSION,
+        "identity": identity.to_json(),
+        "layout": layout.to_json(),
+    }
+    content["digest"] = fingerprint(content)
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = None) -> TeacherStore:
@@ -453,13 +456,11 @@ class TeacherStore:
     def _array_metadata(self) -> dict[str, _Declared]:
         """What stands in the zarr.json of every declared array, by path."""
         arrays = {}
-        for path in self._array_paths():
+        for path in self.array_paths():
             try:
                 metadata = json.loads(self.files.read(f"{path}/{GROUP_FILE}", limit=MAX_METADATA_BYTES))
-                length, *shape = metadata["shape"]
-                signal = Signal.from_path(path)
-                spec = ArraySpec(signal, tuple(shape), metadata["data_type"], metadata["attributes"]["kd"]["encoding"])
-                arrays[path] = _Declared(spec, int(length) // self.layout.capacity(spec.axis), metadata)
+                spec = self.describes(path, metadata)
+                arrays[path] = _Declared(spec, int(metadata["shape"][0]) // self.layout.capacity(spec.axis), metadata)
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
@@ -469,7 +470,14 @@ class TeacherStore:
                 ) from None
         return arrays
 
-    def _array_paths(self) -> list[str]:
+    def describes(self, path: str, metadata: Any) -> ArraySpec:
+        """The spec of the array at `path` from its zarr.json; ValueError, KeyError, TypeError or UsageError if none."""
+        _, *shape = metadata["shape"]
+        encoding = metadata["attributes"]["kd"]["encoding"]
+        return ArraySpec(Signal.from_path(path), tuple(shape), metadata["data_type"], encoding)
+
+    def array_paths(self) -> list[str]:
+        """Where arrays stand or may stand: of inputs, of signals without layers, and of every layer with a folder."""
         paths = [spec.path for spec in self.layout.input_specs]
         for name, kind in SIGNALS.items():
             if not kind.per_layer:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-import xxhash
+import numpy as np
+import numpy.typing as npt
 
-from ..errors import VerificationError
+from ..errors import KdError, RefusedError, VerificationError
+from ..ragged import Ragged
 from .files import LOCK_FILE, StoreFiles
 from .index import read_index
-from .layout import GROUP_FILE, SIDECARS, STORE_FILE, group_metadata, index_file
-from .records import FileRecord, Problem, Record, RecordReader, build_catalogue
+from .keys import row_keys
+from .layout import GROUP_FILE, SIDECARS, STORE_FILE, array_label, group_metadata, index_file, parse_shard_file
+from .reader import read_shard
+from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts
+from .sidecar import RECORD as SIDECAR_RECORD
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
-from .store import TeacherStore, open_store
+from .store import TeacherStore, open_store, store_file_bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class VerifyReport:
             raise VerificationError(
                 f"store {self.url}: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}",
                 details=[*map(str, self.problems[:20]), *more],
-                fix="restore the named files from a copy, or delete the named records and run kd cache-teacher again",
+                fix=f"kd store repair {self.url} --teacher TEACHER",
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
     """Verify the store at `url`.
 
     Args:
-        map_shards: how `verify_shard` is mapped over (url, shard); `map`, or an executor's.
+        map_shards: how `verify_shard` is mapped over lists of its arguments; `map`, or an executor's.
 
     Raises:
         RefusedError: no store there.
@@ -81,92 +88,166 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
     records, problems = reader.read()
     catalogue, contradictions = build_catalogue(records)
     problems += contradictions
+    problems += _verify_store_file(store)
     num_files, num_bytes = 1 + len(records), 0
     shards = sorted({record.shard for record in records})
-    for found, files, size in map_shards(verify_shard, [url] * len(shards), shards):
+    run = uuid.uuid4().hex
+    for found, files, size in map_shards(verify_shard, [url] * len(shards), shards, [run] * len(shards)):
         problems += found
         num_files += files
         num_bytes += size
-    problems += _verify_arrays(store, catalogue.specs.values(), catalogue.num_shards)
+    problems += _verify_arrays(store, catalogue.specs, catalogue.num_shards)
     problems += _verify_groups(store, catalogue.specs.values())
     for name in list_sidecars(store.files):
         try:
             sidecar = read_record(store.files, store.store_digest, name)
-        except VerificationError as error:
-            problems.append(Problem(None, f"sidecar {name}", f"sidecars/{name}/record.json", error.what))
+        except (VerificationError, RefusedError) as error:
+            problems.append(Problem(None, f"sidecar {name}", f"{SIDECARS}/{name}/{SIDECAR_RECORD}", error.what))
             continue
         problems += verify_sidecar(store.files, sidecar)
         num_files += 1 + len(sidecar.files)
         num_bytes += sum(size for size, _ in sidecar.files.values())
-    named = {record.file for record in records} | {problem.file for problem in problems}
-    named |= {file.file for record in records for file in record.files}
-    named |= {index_file(record.shard) for record in catalogue.allocations}
-    unrecorded = sorted(
+    unrecorded = unrecorded_files(store, records)
+    problems = [_with_signals(problem, unrecorded) for problem in problems]
+    named = {problem.file for problem in problems}
+    return VerifyReport(
+        store.url, num_files, num_bytes, tuple(problems), tuple(name for name in unrecorded if name not in named)
+    )
+
+
+def unrecorded_files(store: TeacherStore, records: Iterable[Record]) -> list[str]:
+    """Files that neither a record nor the store's own layout names, sorted."""
+    records = [*records]
+    named = {record.file for record in records} | {file.file for record in records for file in record.files}
+    named |= {index_file(record.shard) for record in records if record.index is not None}
+    return sorted(
         name
         for name in store.files.walk()
         if name not in named
         and not name.startswith(f"{SIDECARS}/")
         and os.path.basename(name) not in (STORE_FILE, LOCK_FILE, GROUP_FILE)
     )
-    return VerifyReport(store.url, num_files, num_bytes, tuple(problems), tuple(unrecorded))
 
 
-def verify_shard(url: str, shard: int) -> tuple[list[Problem], int, int]:
-    """(problems, files, bytes) of one shard: every checksum, the index against its columns, row keys against ids."""
+def _with_signals(problem: Problem, unrecorded: Sequence[str]) -> Problem:
+    """A damaged record's problem with the signals that have no record now."""
+    if problem.signal != "record" or problem.shard is None:
+        return problem
+    places = [found for name in unrecorded if (found := parse_shard_file(name)) is not None]
+    lost = sorted(array_label(path) for path, shard in places if shard == problem.shard)
+    if not lost:
+        return problem
+    return replace(problem, what=f"{problem.what}; without a record now: {', '.join(lost)}")
+
+
+@lru_cache(maxsize=2)
+def _opened(url: str, run: str) -> tuple[TeacherStore, Mapping[int, Sequence[Record]]]:
+    """The store and its records by shard, read once per process and run."""
     store = open_store(url)
-    records, _ = RecordReader(store.files, store.store_digest, store.layout).read(shard=shard)
+    records, _ = RecordReader(store.files, store.store_digest, store.layout).read()
+    by_shard: dict[int, list[Record]] = {}
+    for record in records:
+        by_shard.setdefault(record.shard, []).append(record)
+    return store, by_shard
+
+
+def verify_shard(url: str, shard: int, run: str = "") -> tuple[list[Problem], int, int]:
+    """(problems, files, bytes) of one shard: every checksum, the index against its columns, row keys against ids.
+
+    Args:
+        run: shards that are verified under the same name share what is read of the store; "" reads it again.
+    """
+    if run:
+        store, by_shard = _opened(url, run)
+        records = by_shard.get(shard, ())
+    else:
+        store = open_store(url)
+        records, _ = RecordReader(store.files, store.store_digest, store.layout).read(shard=shard)
     problems: list[Problem] = []
     num_files, num_bytes = 0, 0
     for record in records:
-        intact = True
+        num_files, num_bytes = num_files + len(record.files), num_bytes + sum(file.bytes for file in record.files)
         if record.index is not None:
             num_files, num_bytes = num_files + 1, num_bytes + record.index.bytes
-            try:
-                read_index(store.files, record)
-            except VerificationError as error:
-                intact = False
-                problems.append(Problem(shard, "index", index_file(shard), error.what))
+            problems += _verify_rows(store, record)
+            continue
         for file in record.files:
-            num_files, num_bytes = num_files + 1, num_bytes + file.bytes
-            what = _compare_file(store.files, file)
+            what = compare_file(store.files, file)
             if what is not None:
-                intact = False
                 problems.append(Problem(shard, str(file.spec.signal), file.file, what))
-        if record.index is not None and intact:
-            problems += _verify_keys(store, record)
     return problems, num_files, num_bytes
 
 
-def _compare_file(files: StoreFiles, file: FileRecord) -> str | None:
+def compare_file(files: StoreFiles, file: FileRecord) -> str | None:
+    """What is wrong with a shard file, in one pass over it; None when it is as recorded."""
     try:
         size = files.size(file.file)
         if size != file.bytes:
             return f"it has {size} bytes, its record says {file.bytes}"
-        digest = xxhash.xxh3_128()
-        for block in files.blocks(file.file):
-            digest.update(block)
+        found = hash_parts(files.blocks(file.file))
     except FileNotFoundError:
         return "it is missing"
     except VerificationError as error:
         return error.what
-    return None if digest.hexdigest() == file.xxh3_128 else "its bytes do not have the recorded checksum"
+    if found == (file.bytes, file.xxh3_128, file.head):
+        return None
+    return "its bytes do not have the recorded checksum"
 
 
-def _verify_keys(store: TeacherStore, record: Record) -> list[Problem]:
-    try:
-        store.read_tokens(record.shard)
-    except VerificationError as error:
-        return [Problem(record.shard, "token_ids", record.file, error.what)]
-    return []
-
-
-def _verify_arrays(store: TeacherStore, specs: Iterable[ArraySpec], num_shards: int) -> list[Problem]:
-    """zarr.json of every array with a committed shard: what other software would read with."""
+def _verify_rows(store: TeacherStore, record: Record) -> list[Problem]:
+    """Index and ids of a shard against its record, and the row keys in the one against the other."""
     problems = []
-    for spec in specs:
-        name = f"{spec.path}/{GROUP_FILE}"
+    try:
+        keys, lengths = read_index(store.files, record)
+    except VerificationError as error:
+        problems.append(Problem(record.shard, "index", index_file(record.shard), error.what))
+    rows = []
+    for spec in store.layout.input_specs:
+        (file,) = (file for file in record.files if file.spec == spec)
+        try:
+            rows.append(_read_ids(store, file, record.tokens))
+        except VerificationError as error:
+            problems.append(Problem(record.shard, str(spec.signal), file.file, error.what))
+    if problems:
+        return problems
+    differ = (row_keys(*(Ragged.from_lengths(values, lengths) for values in rows)) != keys).any(axis=1)
+    if not differ.any():
+        return []
+    what = f"token ids and row keys do not belong together, in {int(differ.sum())} of {len(keys)} rows"
+    return [Problem(record.shard, "token_ids", record.file, what)]
+
+
+def _read_ids(store: TeacherStore, file: FileRecord, entries: int) -> npt.NDArray[Any]:
+    """The entries of a whole shard file, compared with its record while they are in memory."""
+    try:
+        size = store.files.size(file.file)
+        if size != file.bytes:
+            raise VerificationError(f"it has {size} bytes, its record says {file.bytes}")
+        data = store.files.read(file.file, limit=file.bytes)
+    except FileNotFoundError:
+        raise VerificationError("it is missing") from None
+    if hash_parts([data]) != (file.bytes, file.xxh3_128, file.head):
+        raise VerificationError("its bytes do not have the recorded checksum")
+    if file.bytes != store.layout.file_bytes(file.spec, entries):
+        return read_shard(store.files, store.layout, file, entries)
+    return np.frombuffer(data, dtype=np.dtype(file.spec.dtype).newbyteorder("<"), count=entries)
+
+
+def _verify_store_file(store: TeacherStore) -> list[Problem]:
+    """store.json says what it should, or it would not have been opened; here, that nothing stands beside that."""
+    if store.files.read(STORE_FILE) == store_file_bytes(store.identity, store.layout):
+        return []
+    return [Problem(None, None, STORE_FILE, "it is not written as kd writes it: it was edited or damaged")]
+
+
+def _verify_arrays(store: TeacherStore, specs: Mapping[str, ArraySpec], num_shards: int) -> list[Problem]:
+    """zarr.json of every array: what other software would read with."""
+    problems = []
+    for path in sorted({*specs, *store.array_paths()}):
+        name = f"{path}/{GROUP_FILE}"
         try:
             found = json.loads(store.files.read(name))
+            spec = specs.get(path) or store.describes(path, found)
             declared = found["shape"][0]
             wanted = store.layout.array_metadata(spec, num_shards)
             wanted["shape"][0] = max(declared, wanted["shape"][0])
@@ -174,10 +255,12 @@ def _verify_arrays(store: TeacherStore, specs: Iterable[ArraySpec], num_shards: 
                 continue
             what = "it does not describe the array as kd declared it"
         except FileNotFoundError:
+            if path not in specs:
+                continue
             what = "it is missing"
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError, VerificationError) as error:
-            what = f"it does not describe an array: {error}"
-        problems.append(Problem(None, str(spec.signal), name, what))
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError, KdError) as error:
+            what = f"it does not describe an array: {error.what if isinstance(error, KdError) else error}"
+        problems.append(Problem(None, array_label(path), name, what))
     return problems
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import IncompleteError, KdError, VerificationError
 from ...pipeline.executor import check_execution, map_shards
 from ...pipeline.progress import size
 from ...pipeline.stage import Stage, StageContext, StageResult, option
+
+if TYPE_CHECKING:
+    from ...pipeline.store import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,39 @@ class _VerifyShard:
     """The job of checking one shard, as the executor maps it."""
 
     url: str
+    run: str
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> Any:
         from ...pipeline.store.verify import verify_shard
 
-        return verify_shard(self.url, shard)
+        return verify_shard(self.url, shard, self.run)
 
     def finish(self, computed: Any) -> Any:
         return computed
+
+
+def verify_with(
+    url: str, context: StageContext, *, workers: int = 1, cluster: str | None = None
+) -> tuple[VerifyReport, list[str]]:
+    """Verify a store over an executor: (what was found, shards that could not be checked with the reason)."""
+    from ...pipeline.store import verify_store
+
+    died: list[str] = []
+
+    def mapped(check: object, urls: Iterable[str], shards: Iterable[int], runs: Iterable[str]) -> Iterator[Any]:
+        numbers, run = [*shards], next(iter(runs), "")
+        task = context.progress.task("verifying", total=len(numbers), unit="shards")
+        # Named for this run: a shared scheduler answers a known key with the old task's result.
+        outcomes = map_shards(_VerifyShard(url, run), numbers, name=f"verify-{run}", workers=workers, cluster=cluster)
+        for outcome in outcomes:
+            task.advance()
+            if outcome.failure is not None:
+                died.append(f"shard {outcome.shard}: {outcome.failure}")
+            else:
+                yield outcome.record
+        task.done()
+
+    return verify_store(url, map_shards=mapped), died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +77,8 @@ class VerifyStore(Stage):
         check_execution(self.workers, self.cluster)
 
     def run(self, context: StageContext) -> StageResult:
-        from ...pipeline.store import verify_store
-
         started = time.perf_counter()
-        died: list[str] = []
-
-        def mapped(check: object, urls: Iterable[str], shards: Iterable[int]) -> Iterator[Any]:
-            numbers = [*shards]
-            task = context.progress.task("verifying", total=len(numbers), unit="shards")
-            outcomes = map_shards(
-                _VerifyShard(self.store), numbers, name="verify", workers=self.workers, cluster=self.cluster
-            )
-            for outcome in outcomes:
-                task.advance()
-                if outcome.failure is not None:
-                    died.append(f"shard {outcome.shard}: {outcome.failure}")
-                else:
-                    yield outcome.record
-            task.done()
-
-        report = verify_store(self.store, map_shards=mapped)
+        report, died = verify_with(self.store, context, workers=self.workers, cluster=self.cluster)
         if report.unrecorded:
             context.progress.info(
                 f"{len(report.unrecorded)} files that no record names: left by a killed process; harmless",

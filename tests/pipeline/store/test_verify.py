@@ -241,3 +241,46 @@ def test_shards_are_verified_wherever_an_executor_puts_them(store: TeacherStore)
         assert verify_store(store.url, map_shards=pool.map).ok
         file_of(store, "logits", 2).unlink()
         assert not verify_store(store.url, map_shards=pool.map).ok
+
+
+def test_a_damaged_record_names_the_signals_that_it_proved(store: TeacherStore) -> None:
+    record_of(store, 1, allocation=False).write_text("{}")
+    (problem,) = store.verify().problems
+    assert (problem.shard, problem.signal) == (1, "record")
+    assert "without a record now: hidden.cls@2, hidden.tok@1, hidden.tok@2, logits" in problem.what
+
+
+def test_a_sidecar_without_its_record_is_found(store: TeacherStore) -> None:
+    Path(store.url, "sidecars", "embeddings", "record.json").unlink()
+    assert [problem.file for problem in store.verify().problems] == ["sidecars/embeddings/record.json"]
+
+
+@pytest.mark.parametrize("name", ["store.json", "sidecars/embeddings/record.json"])
+def test_a_blank_added_to_a_file_that_kd_writes_in_one_way_is_found(store: TeacherStore, name: str) -> None:
+    with Path(store.url, name).open("ab") as file:
+        file.write(b" \n")
+    assert [problem.file for problem in store.verify().problems] == [name]
+
+
+def test_damaged_metadata_of_an_array_without_shards_is_found(store: TeacherStore) -> None:
+    from kd.pipeline.store import Signal, array_spec
+
+    store.declare([array_spec(Signal("hidden.mean", 1), 4)])
+    assert store.verify().ok
+    path = Path(store.url, "hidden.mean/01/zarr.json")
+    path.write_bytes(path.read_bytes().replace(b"NaN", b"0.0"))
+    assert found(store) == [
+        "hidden.mean@1: it does not describe the array as kd declared it (hidden.mean/01/zarr.json)"
+    ]
+
+
+def test_token_ids_that_were_committed_for_other_row_keys_are_found(store: TeacherStore, monkeypatch, tools) -> None:
+    """Sound checksums, wrong join: what a broken writer would leave."""
+    from kd.pipeline.store import store as module
+
+    monkeypatch.setattr(
+        module, "encode_index", lambda keys, lengths, real=module.encode_index: real(keys[::-1], lengths)
+    )
+    number = store.catalogue().num_shards
+    store.allocate(*tools.make_rows(4, seed=3))
+    assert found(store)[0].startswith(f"shard {number}, token_ids: token ids and row keys do not belong together")
