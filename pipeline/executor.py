@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import KdError, RefusedError, UsageError, near_match
@@ -26,6 +27,13 @@ RETRIES = 2
 """How often a shard that raised is tried again on a dask worker."""
 IN_FLIGHT = 20_000
 """Shards handed to the scheduler at once; it holds them until a worker is free."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
+"""How long to wait before deferred shards are tried again; doubled while none of them gets on."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What `ShardJob.compute` returns for a shard that somebody else is at: it is tried again after the others."""
 
 
 class ShardJob(Protocol[Computed, Made]):
@@ -34,7 +42,7 @@ class ShardJob(Protocol[Computed, Made]):
     On dask workers the job is pickled, and both halves run there.
     """
 
-    def compute(self, shard: int, advance: Callable[[int], None]) -> Computed:
+    def compute(self, shard: int, advance: Callable[[int], None]) -> Computed | Deferred:
         """Do the work; call `advance(rows)` as it goes."""
 
     def finish(self, computed: Computed) -> Made:
@@ -91,12 +99,14 @@ def map_shards(
     cluster: str | None = None,
     worker_env: Sequence[Mapping[str, str]] = (),
     on_advance: Callable[[int], None] = lambda rows: None,
+    on_wait: Callable[[Sequence[int]], None] = lambda shards: None,
 ) -> Iterator[ShardOutcome[Record]]:
     """Run `job` on every shard and yield how each ended, as they end.
 
     In this process the shards run in order, and any exception ends the run; what was computed before is finished
     first. On dask a shard is tried again when it raises or its worker dies, and set aside when that does not help, so
-    one bad shard never costs the others. A KdError is final everywhere: it ends the run.
+    one bad shard never costs the others. A KdError is final everywhere: it ends the run. A shard that is deferred
+    comes again after all others, until it is done.
 
     Args:
         job: what to do; picklable when `workers` or `cluster` ask for dask.
@@ -106,25 +116,45 @@ def map_shards(
         cluster: where else to run (see `check_execution`). A cluster that was running before is left running.
         worker_env: environment of each local worker process, taken in turn (one GPU each, say).
         on_advance: called with numbers of rows done, in this process.
+        on_wait: called with the deferred shards that all is waiting for, whenever they change.
     """
     check_execution(workers, cluster)
     if not shards:
         return
-    if (cluster is None and workers == 1) or cluster == "none":
-        yield from _map_here(job, shards, on_advance)
-        return
-    with _client(workers, cluster, worker_env) as client:
-        yield from _map_on_dask(client, job, shards, name, on_advance)
+    with contextlib.ExitStack() as stack:
+        client = None
+        if not ((cluster is None and workers == 1) or cluster == "none"):
+            client = stack.enter_context(_client(workers, cluster, worker_env))
+        left, wait_s = [*shards], 0.0
+        for attempt in count():
+            deferred: list[int] = []
+            if client is None:
+                yield from _map_here(job, left, deferred, on_advance)
+            else:
+                yield from _map_on_dask(client, job, left, deferred, f"{name}-{attempt}", on_advance)
+            if not deferred:
+                return
+            deferred.sort()
+            if wait_s and deferred == left:
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            else:
+                on_wait(deferred)
+                wait_s = FIRST_WAIT_S
+            time.sleep(wait_s)
+            left = deferred
 
 
 def _map_here(
-    job: ShardJob[Computed, Record], shards: Sequence[int], on_advance: Callable[[int], None]
+    job: ShardJob[Computed, Record], shards: Sequence[int], deferred: list[int], on_advance: Callable[[int], None]
 ) -> Iterator[ShardOutcome[Record]]:
     # Leaving the pool waits for the shard being written, so Ctrl-C loses only the one being computed.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kd-write") as writer:
         written: tuple[int, Future[Record]] | None = None
         for shard in shards:
             computed = job.compute(shard, on_advance)
+            if isinstance(computed, Deferred):
+                deferred.append(shard)
+                continue
             if written is not None:
                 yield ShardOutcome(written[0], written[1].result())
             written = (shard, writer.submit(job.finish, computed))
@@ -140,6 +170,7 @@ def _map_on_dask(
     client: Any,
     job: ShardJob[Computed, Record],
     shards: Sequence[int],
+    deferred: list[int],
     name: str,
     on_advance: Callable[[int], None],
 ) -> Iterator[ShardOutcome[Record]]:
@@ -165,7 +196,10 @@ def _map_on_dask(
             if result.refused is not None:
                 raise result.refused
             on_advance(result.rows)
-            yield ShardOutcome(shard, result.record)
+            if result.deferred:
+                deferred.append(shard)
+            else:
+                yield ShardOutcome(shard, result.record)
         elif isinstance(error, KilledWorker):
             yield ShardOutcome(shard, None, f"its worker process died {error.allowed_failures + 1} times")
         else:
@@ -181,6 +215,7 @@ class _Ran(Generic[Record]):
     rows: int
     # Returned, not raised: dask would try a refusal again.
     refused: KdError | None = None
+    deferred: bool = False
 
 
 def _run_shard(job: ShardJob[Computed, Record], shard: int) -> _Ran[Record]:
@@ -192,7 +227,10 @@ def _run_shard(job: ShardJob[Computed, Record], shard: int) -> _Ran[Record]:
         rows += count
 
     try:
-        return _Ran(job.finish(job.compute(shard, advance)), rows)
+        computed = job.compute(shard, advance)
+        if isinstance(computed, Deferred):
+            return _Ran(None, rows, deferred=True)
+        return _Ran(job.finish(computed), rows)
     except KdError as error:
         return _Ran(None, rows, error)
 

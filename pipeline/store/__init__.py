@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .files import Claim
     from .identity import StoreIdentity
     from .keys import row_keys
     from .layout import StoreLayout
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Allocation": "store",
     "ArraySpec": "signal",
+    "Claim": "files",
     "Problem": "records",
     "SIGNALS": "signal",
     "ShardRows": "store",
@@ -48,10 +50,10 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - same order as above
-    "Allocation", "ArraySpec", "Problem", "SIGNALS", "ShardRows", "ShardWriter", "Signal", "StoreIdentity",
-    "StoreLayout", "StoreReader", "TeacherStore", "VerifyReport", "View", "array_spec", "create_or_open",
-    "format_bytes", "open_store", "open_view", "parse_bytes", "parse_signals", "plan_bytes", "plan_shards",
-    "require_room", "row_keys", "verify_store", "write_view",
+    "Allocation", "ArraySpec", "Claim", "Problem", "SIGNALS", "ShardRows", "ShardWriter", "Signal",
+    "StoreIdentity", "StoreLayout", "StoreReader", "TeacherStore", "VerifyReport", "View", "array_spec",
+    "create_or_open", "format_bytes", "open_store", "open_view", "parse_bytes", "parse_signals", "plan_bytes",
+    "plan_shards", "require_room", "row_keys", "verify_store", "write_view",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -141,10 +142,42 @@ class StoreFiles:
         """Remove what killed processes left in the staging folder; what a living one is writing stays."""
         staging = self.inside(STAGING)
         for name in os.listdir(staging) if os.path.isdir(staging) else []:
-            descriptor = _open_locked(f"{staging}/{name}", wait=False)
+            descriptor = _open_locked(f"{staging}/{name}", wait=False, create=False)
             if descriptor is not None:
                 os.unlink(f"{staging}/{name}")
                 os.close(descriptor)
+
+    def claim(self, name: str) -> Claim | None:
+        """Take the sole right to some work; None while a living process (or another thread) has it."""
+        path = self.inside(f"{STAGING}/claim~{name}")
+        make_folders(os.path.dirname(path))
+        descriptor = _open_locked(path, wait=False)
+        return None if descriptor is None else Claim(path, descriptor)
+
+
+class Claim:
+    """The sole right to some work: a locked file. Ends with `release`, with this object, or with the process."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+        """Give the right back; again does nothing."""
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _release(path: str, descriptor: int, process: int) -> None:
+    # Unlinked while it is locked: whoever opened it before finds it gone, and makes its own. A forked child that
+    # ends does not give back what its parent has.
+    if process == os.getpid():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    os.close(descriptor)
 
 
 class Staged:
@@ -229,12 +262,12 @@ class Staged:
         self.discard()
 
 
-def _open_locked(path: str, *, wait: bool) -> int | None:
+def _open_locked(path: str, *, wait: bool, create: bool = True) -> int | None:
     """Descriptor of a staged file that this process alone holds; made when it is not there.
 
-    Without `wait`, None when a living process holds it or it is gone.
+    Without `wait`, None when a living process holds it; without `create`, None when it is gone.
     """
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if wait else 0)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     while True:
         try:
             descriptor = os.open(path, flags, 0o666)

@@ -16,7 +16,7 @@ from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
-from .files import LOCK_FILE, STAGING, StoreFiles
+from .files import LOCK_FILE, STAGING, Claim, StoreFiles
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
 from .keys import Keys, first_occurrences, row_keys
@@ -505,6 +505,13 @@ class TeacherStore:
         record = self._allocation(shard)
         _, lengths = read_index(self.files, record)
         return ShardWriter(self, record, lengths, specs)
+
+    def claim(self, shard: int) -> Claim | None:
+        """Take the sole right to compute a shard; None while somebody who lives has it.
+
+        It ends when it is released, and with its process. Look again at what is missing once it is taken.
+        """
+        return self.files.claim(f"{shard:08d}")
 
     # -- sidecars -----------------------------------------------------------------------------------------------
 

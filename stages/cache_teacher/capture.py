@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...pipeline.errors import RefusedError
+from ...pipeline.executor import Deferred
 from ...pipeline.ragged import Ragged
-from ...pipeline.store import ArraySpec, ShardWriter, TeacherStore
+from ...pipeline.store import ArraySpec, Claim, ShardWriter, TeacherStore
 from .teacher import Teacher, describe_teacher, tensor_digest
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ class CapturedShard:
 
     rows: int
     bytes: int
+    num_halved: int
+
+
+@dataclass(frozen=True)
+class ComputedShard:
+    """A shard in memory, claimed until it is committed."""
+
+    writer: ShardWriter
+    claim: Claim
+    rows: int
     num_halved: int
 
 
@@ -60,13 +71,27 @@ class CaptureJob:
         """What must be equal for two jobs to share a loaded teacher."""
         return self.tensors, self.dtype, self.device
 
-    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[ShardWriter, int, int] | None:
-        """Run the teacher over a shard; None when all is there, since another process was faster."""
-        lacking = self.store.missing(self.specs, [shard]).get(shard)
-        if lacking is None:
-            return None
-        writer = self.store.writer(shard, lacking)
-        return writer, *self.fill(writer, lacking, advance)
+    def compute(self, shard: int, advance: Callable[[int], None]) -> ComputedShard | Deferred | None:
+        """Run the teacher over a shard.
+
+        Returns:
+            None when all is there, since another process was faster; Deferred while another one is at it.
+        """
+        claim = self.store.claim(shard)
+        if claim is None:
+            return Deferred()
+        try:
+            # Asked only now: whoever had the claim before may have committed the shard.
+            lacking = self.store.missing(self.specs, [shard]).get(shard)
+            if lacking is None:
+                claim.release()
+                return None
+            writer = self.store.writer(shard, lacking)
+            rows, num_halved = self.fill(writer, lacking, advance)
+        except BaseException:
+            claim.release()
+            raise
+        return ComputedShard(writer, claim, rows, num_halved)
 
     def fill(self, writer: ShardWriter, specs: Sequence[ArraySpec], advance: Callable[[int], None]) -> tuple[int, int]:
         """Run the teacher over the rows of a writer's shard: (rows, batches that did not fit into memory)."""
@@ -83,14 +108,14 @@ class CaptureJob:
             advance(len(batch.slots))
         return len(rows.rows), runner.num_halved - halved_before
 
-    def finish(self, computed: tuple[ShardWriter, int, int] | None) -> CapturedShard:
-        """Commit the shard."""
+    def finish(self, computed: ComputedShard | None) -> CapturedShard:
+        """Commit the shard, and give its claim back."""
         if computed is None:
             return CapturedShard(rows=0, bytes=0, num_halved=0)
-        writer, rows, num_halved = computed
-        record = writer.commit()
+        with computed.claim:
+            record = computed.writer.commit()
         written = 0 if record is None else sum(file.bytes for file in record.files)
-        return CapturedShard(rows, written, num_halved)
+        return CapturedShard(computed.rows, written, computed.num_halved)
 
 
 # --- the teacher of this process ---------------------------------------------------------------------------------

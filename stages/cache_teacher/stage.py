@@ -439,6 +439,7 @@ class CacheTeacher(Stage):
             cluster=self.cluster,
             worker_env=() if self._in_this_process else worker_environments(job.device),
             on_advance=task.advance,
+            on_wait=lambda waiting: context.progress.info(_waiting(waiting), shards=[*waiting]),
         ):
             outcomes.append(outcome)
             if outcome.failure is not None:
@@ -586,6 +587,12 @@ def _preview(store: TeacherStore | None, layout: StoreLayout, encoded: Encoded) 
     first, _ = first_occurrences(row_keys(encoded.token_ids, encoded.segment_ids))
     planned = tuple(plan_shards(encoded.token_ids.lengths[first], layout))
     return AllocationPreview(num_new=len(first), num_known=0, planned=planned, shards=())
+
+
+def _waiting(shards: Sequence[int]) -> str:
+    named = ", ".join(map(str, shards[:10])) + (", ..." if len(shards) > 10 else "")
+    noun = "shard" if len(shards) == 1 else "shards"
+    return f"waiting for {len(shards)} {noun} that another process is computing: {named}"
 
 
 def _incomplete(failed: Sequence[ShardOutcome[Any]]) -> IncompleteError:

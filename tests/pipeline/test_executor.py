@@ -17,7 +17,14 @@ from distributed import LocalCluster
 
 from kd.pipeline import executor
 from kd.pipeline.errors import RefusedError, UsageError
-from kd.pipeline.executor import ALLOWED_DEATHS, ShardOutcome, check_execution, map_shards, threads_per_process
+from kd.pipeline.executor import (
+    ALLOWED_DEATHS,
+    Deferred,
+    ShardOutcome,
+    check_execution,
+    map_shards,
+    threads_per_process,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,29 @@ def test_in_this_process_shards_run_in_order_and_report_their_rows(tmp_path: Pat
     outcomes = list(map_shards(Square(str(tmp_path)), [3, 1, 2], name="t", on_advance=rows.append))
     assert [(outcome.shard, outcome.record["square"]) for outcome in outcomes] == [(3, 9), (1, 1), (2, 4)]  # type: ignore[index]
     assert rows == [10, 10, 10]
+
+
+@dataclass(frozen=True)
+class Shared(Square):
+    """Shards 1 and 2 belong to somebody else until both were asked for three times; 2 is then done already."""
+
+    def compute(self, shard: int, advance: Callable[[int], None]) -> int | Deferred:
+        square = super().compute(shard, lambda rows: None)
+        if shard in (1, 2) and min(self.tries(1), self.tries(2)) < 3:
+            return Deferred()
+        advance(10 if shard != 2 else 0)
+        return square
+
+
+def test_a_deferred_shard_comes_after_the_others_again_and_again_until_it_is_done(tmp_path: Path) -> None:
+    rows: list[int] = []
+    waits: list[list[int]] = []
+    mapped = map_shards(
+        Shared(str(tmp_path)), [1, 2, 3, 4], name="t", on_advance=rows.append, on_wait=lambda w: waits.append([*w])
+    )
+    assert [outcome.shard for outcome in mapped] == [3, 4, 2, 1]
+    assert sorted(rows) == [0, 10, 10, 10]
+    assert waits == [[1, 2], [1]], "what is waited for is said once, and again when it changes"
 
 
 def test_one_shard_is_written_while_the_next_is_computed() -> None:
@@ -169,6 +199,23 @@ def test_bad_shards_on_a_cluster_are_set_aside_and_cost_no_other(tmp_path: Path,
     assert job.tries(2) == 3 and job.tries(4) >= 2 and job.tries(5) >= 3
     assert sum(rows) == 60
     assert all(outcome.record["pid"] != os.getpid() for outcome in outcomes if outcome.record)
+
+
+def test_deferred_shards_on_a_cluster_are_submitted_again_until_they_are_done(tmp_path: Path, scheduler: str) -> None:
+    rows: list[int] = []
+    waits: list[list[int]] = []
+    outcomes = list(
+        map_shards(
+            Shared(str(tmp_path)),
+            [4, 3, 2, 1],
+            name="shared",
+            cluster=scheduler,
+            on_advance=rows.append,
+            on_wait=lambda w: waits.append([*w]),
+        )
+    )
+    assert sorted(outcome.shard for outcome in outcomes) == [1, 2, 3, 4] and squares(outcomes)[1] == 1
+    assert waits[0] == [1, 2] and sum(rows) == 30
 
 
 def test_a_refusal_on_a_cluster_ends_the_run_and_is_not_tried_again(tmp_path: Path, scheduler: str) -> None:
