@@ -138,6 +138,13 @@ class StoreFiles:
         with self.stage(name, [data]) as staged:
             return staged.publish_new()
 
+    def remove(self, name: str) -> None:
+        """Take a file away; one that is not there is no error."""
+        path = self.path(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            sync_folder(os.path.dirname(path))
+
     def sweep(self) -> None:
         """Remove what killed processes left in the staging folder; what a living one is writing stays."""
         staging = self.inside(STAGING)

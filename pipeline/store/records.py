@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,7 @@ class Record:
         files: the shard files it proves.
         index: of the row index, in the shard's first record only.
         allocation: digest of the shard's first record, in all others.
+        supersedes: digests of records that no longer hold for the arrays that this one names (see `live_files`).
     """
 
     store: str
@@ -123,6 +124,7 @@ class Record:
     files: tuple[FileRecord, ...]
     index: IndexRecord | None = None
     allocation: str | None = None
+    supersedes: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """The bytes of the record file: canonical JSON and a line feed."""
@@ -143,6 +145,8 @@ class Record:
             }
         else:
             content["allocation"] = self.allocation
+        if self.supersedes:
+            content["supersedes"] = sorted(self.supersedes)
         return canonical_json(content) + b"\n"
 
     @property
@@ -211,6 +215,7 @@ def decode_record(data: bytes, *, name: str, store: str, layout: StoreLayout) ->
         raise ValueError("'arrays' must be a list of shard files")
     files = tuple(_decode_file(item, shard) for item in arrays)
     index, allocation = None, None
+    supersedes: tuple[str, ...] = ()
     if "index" in content:
         said = _Fields(content["index"], "index")
         if said.text("file") != index_file(shard):
@@ -222,7 +227,8 @@ def decode_record(data: bytes, *, name: str, store: str, layout: StoreLayout) ->
         allocation = checked.digest("allocation")
         if any(file.spec in layout.input_specs for file in files):
             raise ValueError("only the first record of a shard names token_ids and segment_ids")
-    record = Record(store, shard, rows, tokens, files, index, allocation)
+        supersedes = tuple(checked.digests("supersedes"))
+    record = Record(store, shard, rows, tokens, files, index, allocation, supersedes)
     if record.encode() != data:
         raise ValueError("it is not written as kd writes records")
     return record
@@ -272,6 +278,15 @@ class _Fields:
         if not re.fullmatch(r"[0-9a-f]{32}", value):
             raise ValueError(f"{name!r} must be 32 hex digits, got {value!r}")
         return value
+
+    def digests(self, name: str) -> list[str]:
+        """A list of digests; none when the field is not there."""
+        values = self.content.get(name, [])
+        if not isinstance(values, list) or not all(
+            isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}", value) for value in values
+        ):
+            raise ValueError(f"{name!r} must be a list of digests of 32 hex digits, got {values!r}")
+        return values
 
 
 @dataclass(frozen=True)
@@ -370,6 +385,20 @@ def require_none(problems: Sequence[Problem], url: str) -> None:
         )
 
 
+def live_files(records: Iterable[Record]) -> Iterator[tuple[Record, FileRecord]]:
+    """Every shard file that is named, with the record that names it; those that another record supersedes are left out.
+
+    A record supersedes others for the arrays that it names itself, and for no other: a signal that was computed
+    anew on another kind of machine.
+    """
+    records = [*records]
+    gone = {(old, file.spec.path) for record in records for old in record.supersedes for file in record.files}
+    for record in records:
+        for file in record.files:
+            if not gone or (record.digest, file.spec.path) not in gone:
+                yield record, file
+
+
 def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]]:
     """Join records into a catalogue; what contradicts something is left out of it and listed."""
     records = sorted(records, key=lambda record: (record.shard, record.allocation is not None, record.digest))
@@ -408,20 +437,18 @@ def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]
             )
             continue
         kept.append(record)
-        for file in record.files:
-            spec = specs.setdefault(file.spec.path, file.spec)
-            others = files.setdefault(file.spec.path, {})
-            if file.spec != spec:
-                problems.append(
-                    Problem(
-                        file.shard, str(spec.signal), record.file,
-                        f"stored as {_said(file.spec)} here and as {_said(spec)} in other shards",
-                    )
-                )  # fmt: skip
-            elif others.setdefault(file.shard, file) != file:
-                problems.append(
-                    Problem(file.shard, str(spec.signal), record.file, "two records name different contents")
+    for record, file in live_files(kept):
+        spec = specs.setdefault(file.spec.path, file.spec)
+        others = files.setdefault(file.spec.path, {})
+        if file.spec != spec:
+            problems.append(
+                Problem(
+                    file.shard, str(spec.signal), record.file,
+                    f"stored as {_said(file.spec)} here and as {_said(spec)} in other shards",
                 )
+            )  # fmt: skip
+        elif others.setdefault(file.shard, file) != file:
+            problems.append(Problem(file.shard, str(spec.signal), record.file, "two records name different contents"))
     return Catalogue(allocations, files, specs, tuple(kept)), problems
 
 

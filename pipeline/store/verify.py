@@ -20,7 +20,7 @@ from .index import read_index
 from .keys import row_keys
 from .layout import GROUP_FILE, SIDECARS, STORE_FILE, array_label, group_metadata, index_file, parse_shard_file
 from .reader import read_shard
-from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts
+from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts, live_files
 from .sidecar import RECORD as SIDECAR_RECORD
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
@@ -166,15 +166,13 @@ def verify_shard(url: str, shard: int, run: str = "") -> tuple[list[Problem], in
     problems: list[Problem] = []
     num_files, num_bytes = 0, 0
     for record in records:
-        num_files, num_bytes = num_files + len(record.files), num_bytes + sum(file.bytes for file in record.files)
         if record.index is not None:
             num_files, num_bytes = num_files + 1, num_bytes + record.index.bytes
             problems += _verify_rows(store, record)
-            continue
-        for file in record.files:
-            what = compare_file(store.files, file)
-            if what is not None:
-                problems.append(Problem(shard, str(file.spec.signal), file.file, what))
+    for record, file in live_files(records):
+        num_files, num_bytes = num_files + 1, num_bytes + file.bytes
+        if record.index is None and (what := compare_file(store.files, file)) is not None:
+            problems.append(Problem(shard, str(file.spec.signal), file.file, what))
     return problems, num_files, num_bytes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,23 +160,12 @@ class ShardWriter:
         Raises:
             RefusedError: a row is missing.
         """
-        for signal, written in self._written.items():
-            if not written.all():
-                slot = int(np.argmin(written))
-                raise RefusedError(
-                    f"{signal}: {int((~written).sum())} rows of shard {self.shard} were never written, "
-                    f"the first is row {self._row(slot)}"
-                )
-        files, layout = self._store.files, self._store.layout
+        files = self._store.files
         if not (todo := self._uncommitted()):
             return None
         with contextlib.ExitStack() as stack:
             staged = {}
-            # Sorted, so that two writers of the same files never hold one another's next.
-            for spec in sorted(todo, key=lambda spec: spec.path):
-                parts = shard_parts(layout, spec, self._buffers[spec.signal])
-                size, digest, head = hash_parts(parts)
-                file = FileRecord(spec, self.shard, size, digest, head)
+            for file, parts in self.encoded(todo):
                 staged[file] = stack.enter_context(files.stage(file.file, parts))
             with files.lock():
                 left = set(self._uncommitted())
@@ -195,6 +184,27 @@ class ShardWriter:
                 )
                 files.create(record.file, record.encode())
         return record
+
+    def encoded(self, specs: Iterable[ArraySpec] | None = None) -> Iterator[tuple[FileRecord, list[Buffer]]]:
+        """The shard files as they are to be written: record and parts of each, sorted by path.
+
+        Args:
+            specs: those wanted; None is all.
+
+        Raises:
+            RefusedError: a row is missing.
+        """
+        for signal, written in self._written.items():
+            if not written.all():
+                slot = int(np.argmin(written))
+                raise RefusedError(
+                    f"{signal}: {int((~written).sum())} rows of shard {self.shard} were never written, "
+                    f"the first is row {self._row(slot)}"
+                )
+        # Sorted, so that two writers of the same files never hold one another's next.
+        for spec in sorted(self._specs.values() if specs is None else specs, key=lambda spec: spec.path):
+            parts = shard_parts(self._store.layout, spec, self._buffers[spec.signal])
+            yield FileRecord(spec, self.shard, *hash_parts(parts)), parts
 
     def _uncommitted(self) -> list[ArraySpec]:
         records = self._store.shard_records(self.shard)

@@ -284,3 +284,21 @@ def test_token_ids_that_were_committed_for_other_row_keys_are_found(store: Teach
     number = store.catalogue().num_shards
     store.allocate(*tools.make_rows(4, seed=3))
     assert found(store)[0].startswith(f"shard {number}, token_ids: token ids and row keys do not belong together")
+
+
+def test_a_record_supersedes_others_for_the_arrays_that_it_names_and_no_other(store: TeacherStore) -> None:
+    from dataclasses import replace
+
+    from kd.pipeline.store.records import build_catalogue
+
+    old = next(r for r in store.shard_records(0) if r.index is None)
+    logits = next(file for file in old.files if str(file.spec.signal) == "logits")
+    newer = replace(old, files=(replace(logits, xxh3_128="1" * 32),), supersedes=(old.digest,))
+    newest = replace(newer, files=(replace(logits, xxh3_128="2" * 32),), supersedes=(newer.digest, old.digest))
+    store.files.create(newer.file, newer.encode())
+    store.files.create(newest.file, newest.encode())
+    catalogue, problems = build_catalogue(open_store(store.url).shard_records(0))
+    assert problems == []
+    assert catalogue.files["logits"][0].xxh3_128 == "2" * 32
+    assert catalogue.files["hidden.cls/02"][0] in old.files
+    assert [(p.shard, p.signal) for p in store.verify().problems] == [(0, "logits")]
