@@ -23,7 +23,7 @@ from .pipeline.stage import Outcome, Stage, StageContext, execute
 from .stages import COMMANDS, stage_class
 
 SUMMARY = "Run a teacher once, keep what it said, and train any number of students from that."
-GROUPS = {"store": "Look at a teacher store, and check it."}
+GROUPS = {"store": "Look at a teacher store, check it, and keep it in order."}
 EXIT_CODES = {
     0: "done",
     1: "anything unforeseen",

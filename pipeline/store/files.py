@@ -138,12 +138,19 @@ class StoreFiles:
         with self.stage(name, [data]) as staged:
             return staged.publish_new()
 
-    def remove(self, name: str) -> None:
-        """Take a file away; one that is not there is no error."""
-        path = self.path(name)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-            sync_folder(os.path.dirname(path))
+    def remove(self, *names: str) -> None:
+        """Take files away, one after another and for good when it returns; one that is not there is no error.
+
+        Whoever has a file open or mapped keeps what it holds. A folder that becomes empty stays.
+        """
+        folders: dict[str, None] = {}
+        for name in names:
+            path = self.path(name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+                folders[os.path.dirname(path)] = None
+        for folder in folders:
+            sync_folder(folder)
 
     def sweep(self) -> None:
         """Remove what killed processes left in the staging folder; what a living one is writing stays."""

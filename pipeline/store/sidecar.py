@@ -20,9 +20,10 @@ import xxhash
 
 from ..errors import KdError, RefusedError, UsageError, VerificationError, near_match
 from ..fingerprint import canonical_json, fingerprint
+from .compacted import MAX_RECORD_BYTES
 from .files import STAGING, StoreFiles, make_folders, sync_folder
 from .layout import SIDECARS
-from .records import MAX_RECORD_BYTES, Problem
+from .records import Problem
 
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"

@@ -16,6 +16,7 @@ from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
+from .compact import LOOSE_RECORDS, Compaction, compact_records, count_loose
 from .files import LOCK_FILE, STAGING, Claim, StoreFiles
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
@@ -139,6 +140,7 @@ def create_or_open(
         sidecar.sweep(files)
         files.sweep()
         store.prepare()
+        store._compact_if_many()
     return store
 
 
@@ -251,8 +253,13 @@ class TeacherStore:
         Returns:
             Shards that lack something, ascending.
         """
-        catalogue = self.catalogue()
         specs = [item if isinstance(item, ArraySpec) else self.spec(item) for item in signals]
+        if shards is not None and len(one := [*set(shards)]) == 1 and (records := self.shard_records(one[0])):
+            # A worker asks for the shard it is about to compute: all others need not be looked at again.
+            held = {file.spec.path for record in records for file in record.files}
+            lacking = tuple(spec for spec in specs if spec.path not in held)
+            return {one[0]: lacking} if lacking else {}
+        catalogue = self.catalogue()
         wanted = range(catalogue.num_shards) if shards is None else sorted(set(shards))
         missing = {}
         for shard in wanted:
@@ -276,6 +283,26 @@ class TeacherStore:
             if (record := sidecar.read_record(self.files, self.store_digest, name)).kind == "tensors"
         ]
         return fingerprint([self.store_digest, self.catalogue().digest_entries(), sidecars])
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def compact(self, *, only_if_many: bool = False) -> Compaction:
+        """Put the commit records into few files. What the store holds, and its digest, stay as they are.
+
+        Processes that have the store open go on: a record is known by its name, wherever it stands.
+
+        Args:
+            only_if_many: leave a few hundred records as they are.
+        """
+        if only_if_many and count_loose(self.files) <= LOOSE_RECORDS:
+            return Compaction()
+        with self.files.lock():
+            return compact_records(self.files, self._records)
+
+    def _compact_if_many(self) -> None:
+        """The same while the lock is held."""
+        if count_loose(self.files) > LOOSE_RECORDS:
+            compact_records(self.files, self._records)
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
@@ -325,6 +352,7 @@ class TeacherStore:
                 )
                 fresh[part.start : part.stop] = shard * self.layout.rows_per_shard + np.arange(part.rows)
             rows[rows < 0] = fresh
+            self._compact_if_many()
         return Allocation(
             rows=rows[distinct],
             num_new=len(new),

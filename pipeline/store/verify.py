@@ -18,7 +18,7 @@ from ..ragged import Ragged
 from .files import LOCK_FILE, StoreFiles
 from .index import read_index
 from .keys import row_keys
-from .layout import GROUP_FILE, SIDECARS, STORE_FILE, array_label, group_metadata, index_file, parse_shard_file
+from .layout import COMMITS, GROUP_FILE, SIDECARS, STORE_FILE, array_label, group_metadata, index_file, parse_shard_file
 from .reader import read_shard
 from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts, live_files
 from .sidecar import RECORD as SIDECAR_RECORD
@@ -84,12 +84,12 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
         VerificationError: store.json itself is damaged.
     """
     store = open_store(url)
-    reader = RecordReader(store.files, store.store_digest, store.layout)
+    reader = RecordReader(store.files, store.store_digest, store.layout, fresh=True)
     records, problems = reader.read()
     catalogue, contradictions = build_catalogue(records)
     problems += contradictions
     problems += _verify_store_file(store)
-    num_files, num_bytes = 1 + len(records), 0
+    num_files, num_bytes = 1 + len(store.files.list(COMMITS)), 0
     shards = sorted({record.shard for record in records})
     run = uuid.uuid4().hex
     for found, files, size in map_shards(verify_shard, [url] * len(shards), shards, [run] * len(shards)):
@@ -118,7 +118,8 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
 def unrecorded_files(store: TeacherStore, records: Iterable[Record]) -> list[str]:
     """Files that neither a record nor the store's own layout names, sorted."""
     records = [*records]
-    named = {record.file for record in records} | {file.file for record in records for file in record.files}
+    named = {f"{COMMITS}/{name}" for name in store.files.list(COMMITS)}
+    named |= {file.file for record in records for file in record.files}
     named |= {index_file(record.shard) for record in records if record.index is not None}
     return sorted(
         name

@@ -374,6 +374,7 @@ class CacheTeacher(Stage):
             progress.info("the store holds everything that was asked for; the teacher does not run", rows_computed=0)
             outcomes = []
         seconds = time.perf_counter() - started
+        store.compact(only_if_many=True)
 
         records = [outcome.record for outcome in outcomes if outcome.record is not None]
         rows_computed = sum(record.rows for record in records)

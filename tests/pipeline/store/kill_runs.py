@@ -1,6 +1,7 @@
 """Kills processes that write a store, reruns them, and compares every byte. Run by test_kill.py on its own:
 
     python kill_runs.py every-step FOLDER FIRST STRIDE    a kill before every STRIDE-th file operation
+    python kill_runs.py compaction FOLDER FIRST STRIDE    the same while records are compacted
     python kill_runs.py two-writers FOLDER ROUNDS SEED    two writers of one store, each killed at a random moment
 
 A fresh process forks cheaply and safely: nothing here starts threads.
@@ -41,6 +42,11 @@ def work(folder: Path) -> None:
     capture(store, [SPECS[0], SPECS[3]], second.shards)
 
 
+def compact(folder: Path) -> None:
+    """A few records in a compacted file, the others loose, and all of them into one."""
+    create_or_open(folder, IDENTITY).compact()
+
+
 def fork(run: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
@@ -65,7 +71,7 @@ def wait(child: int) -> bool:
     return True
 
 
-def work_until(step: int, folder: Path) -> None:
+def work_until(step: int, folder: Path, work: Callable[[Path], None] = work) -> None:
     """Do the work, killed before file operation number `step`; of a write, half is done."""
     count = 0
 
@@ -102,6 +108,33 @@ def every_step(top: Path, first: int, stride: int) -> None:
         require_equal(folder, expected, digest, f"killed before step {step}")
         step, kills = step + stride, kills + 1
     assert kills * stride > 300, "so few file operations cannot be all of them"
+    print(f"{kills} kills, {step} steps")
+
+
+def compaction(top: Path, first: int, stride: int) -> None:
+    os.fsync = lambda descriptor: None
+    ids, segments = make_rows(9)
+    begun = create_or_open(top / "begun", IDENTITY, LAYOUT)
+    capture(begun, SPECS[:1], begun.allocate(ids.slice(0, 5), segments.slice(0, 5)).shards)
+    compact(top / "begun")
+    work(top / "begun")
+    shutil.copytree(top / "begun", top / "reference")
+    compact(top / "reference")
+    expected, digest = tree(top / "reference"), open_store(top / "begun").digest()
+    step, kills = first, 0
+    while True:
+        folder = top / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(top / "begun", folder)
+        if wait(fork(partial(work_until, step, folder, compact))):
+            break
+        found = open_store(folder)
+        assert found.digest() == digest, f"killed before step {step}"
+        assert found.verify().ok, f"killed before step {step}: {found.verify().problems}"
+        compact(folder)
+        require_equal(folder, expected, digest, f"compaction killed before step {step}")
+        step, kills = step + stride, kills + 1
+    assert kills * stride > 20, "so few file operations cannot be all of them"
     print(f"{kills} kills, {step} steps")
 
 
@@ -145,7 +178,5 @@ def two_writers(top: Path, rounds: int, seed: int) -> None:
 
 if __name__ == "__main__":
     mode, folder, *numbers = sys.argv[1:]
-    if mode == "every-step":
-        every_step(Path(folder), *map(int, numbers))
-    else:
-        two_writers(Path(folder), *map(int, numbers))
+    modes = {"every-step": every_step, "compaction": compaction, "two-writers": two_writers}
+    modes[mode](Path(folder), *map(int, numbers))

@@ -12,8 +12,9 @@ import pytest
 from kd.pipeline.errors import KdError, RefusedError, VerificationError
 from kd.pipeline.fingerprint import canonical_json
 from kd.pipeline.store import TeacherStore, create_or_open, files, open_store
+from kd.pipeline.store.compacted import digest_of
 from kd.pipeline.store.layout import record_file
-from kd.pipeline.store.records import decode_record, digest_of
+from kd.pipeline.store.records import decode_record
 
 
 @pytest.fixture

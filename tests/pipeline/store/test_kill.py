@@ -27,6 +27,10 @@ def test_a_kill_before_some_file_operations_changes_nothing(tmp_path: Path) -> N
     run("every-step", tmp_path, 1, 43)
 
 
+def test_a_kill_before_any_file_operation_of_a_compaction_loses_nothing(tmp_path: Path) -> None:
+    run("compaction", tmp_path, 1, 1)
+
+
 @pytest.mark.slow
 def test_a_kill_before_many_file_operations_changes_nothing(tmp_path: Path) -> None:
     run("every-step", tmp_path, 2, 10)
