@@ -75,6 +75,16 @@ def write_manifest(path: Path | str, manifest: Mapping[str, Any]) -> None:
     atomic_write_bytes(Path(path) / MANIFEST, text.encode())
 
 
+def kd_version() -> str:
+    """Of the kd that is running, for manifests."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kd-pipeline")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def json_ready(value: Any) -> Any:
     """`value` in what JSON has: numpy scalars as numbers, tuples as lists, NaN and infinity as null."""
     if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from .artifact import MANIFEST, Artifact, json_ready, open_artifact, read_manifest, write_manifest
+from .artifact import MANIFEST, Artifact, json_ready, kd_version, open_artifact, read_manifest, write_manifest
 from .errors import KdError, RefusedError
 from .fingerprint import differing_fields, fingerprint
 
@@ -316,7 +316,7 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
         write_manifest(
             folder,
             {
-                "kd_version": _kd_version(),
+                "kd_version": kd_version(),
                 "kind": stage.kind,
                 "stage": stage.command,
                 "fingerprint": wanted,
@@ -480,15 +480,6 @@ def _refuse_store(folder: Path) -> None:
             f"replacing {folder} would delete the store in {store.parent}; kd never deletes a store",
             fix="move the store out of that folder, or give another --output-dir",
         )
-
-
-def _kd_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("kd-pipeline")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ GROUP_FILE = "zarr.json"
 COMMITS = "commits"
 INDEX = "index"
 SIDECARS = "sidecars"
+VIEWS = "views"
 MAX_SHARDS = 10**8
 """Shard numbers have eight digits in file names."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -218,6 +218,22 @@ class ArraySpec:
     def to_json(self) -> dict[str, Any]:
         """What records and array attributes say about it."""
         return {"array": self.path, "dtype": self.dtype, "encoding": self.encoding, "shape": list(self.shape)}
+
+
+def derivable(specs: Iterable[ArraySpec]) -> list[dict[str, Any]]:
+    """What follows from stored arrays without being stored: the sentence signals of a layer whose tokens are.
+
+    Returns:
+        Per signal: its name, what it follows from, and whether it would be the same number for number.
+    """
+    stored = {(spec.signal.name, spec.signal.layer) for spec in specs}
+    found = []
+    for name, layer in sorted(stored, key=str):
+        if name == "hidden.tok":
+            for wanted, exact in (("hidden.cls", True), ("hidden.mean", False)):
+                if (wanted, layer) not in stored:
+                    found.append({"signal": f"{wanted}@{layer}", "from": f"{name}@{layer}", "exact": exact})
+    return found
 
 
 def array_spec(signal: Signal, size: int, *, dtype: str | None = None) -> ArraySpec:

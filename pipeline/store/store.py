@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..artifact import kd_version
 from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
@@ -33,7 +34,8 @@ from .layout import (
 )
 from .plan import PlannedShard, plan_shards
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
-from .signal import SEGMENT_IDS, SIGNALS, TOKEN_IDS, ArraySpec, Signal
+from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
+from .signal import SEGMENT_IDS, SIGNALS, TOKEN_IDS, ArraySpec, Signal, derivable
 from .writer import ShardWriter, shard_parts
 
 if TYPE_CHECKING:
@@ -571,6 +573,46 @@ class TeacherStore:
         """Folder of a file sidecar, checked; RefusedError when it is not there."""
         return sidecar.open_folder(self.files, self.store_digest, name)
 
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def views(self) -> list[RegisteredView]:
+        """The views that were made of it; VerificationError when an entry is damaged."""
+        views, problems = read_views(self.files, self.store_digest)
+        require_none(problems, self.url)
+        return views
+
+    def enter_view(
+        self,
+        fingerprint: str,
+        folder: str | os.PathLike[str],
+        *,
+        corpus: Mapping[str, str],
+        signals: Sequence[Signal | ArraySpec],
+        num_rows: int,
+        shards: Iterable[int],
+    ) -> None:
+        """Enter a view into the register, so that `gc` leaves what it needs. Before anything is captured for it.
+
+        Args:
+            fingerprint: of the view.
+            folder: where it is or will be.
+            corpus: "name" and "fingerprint".
+            signals: that it needs.
+            num_rows: examples.
+            shards: that hold its rows.
+        """
+        view = RegisteredView(
+            fingerprint,
+            (place_of(self.files, folder),),
+            dict(corpus),
+            tuple(str(item.signal if isinstance(item, ArraySpec) else item) for item in signals),
+            num_rows,
+            tuple(sorted(set(shards))),
+            kd_version(),
+        )
+        with self.files.lock():
+            enter_view(self.files, self.store_digest, view)
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     def reader(self) -> StoreReader:
@@ -603,9 +645,38 @@ class TeacherStore:
             "tokens": sum(record.tokens for record in catalogue.allocations),
             "shards": catalogue.num_shards,
             "signals": signals,
+            "incomplete": self._incomplete(catalogue),
+            "derivable": derivable(catalogue.specs.values()),
+            "views": self._inspect_views(),
             "sidecars": sidecar.list_sidecars(self.files),
             "bytes": sum(signal["bytes"] for signal in signals.values()),
         }
+
+    def _incomplete(self, catalogue: Catalogue) -> dict[str, list[list[int]]]:
+        """Shards without a signal that others have, as ranges, by array."""
+        lacking = {
+            path: [shard for shard in range(catalogue.num_shards) if shard not in files]
+            for path, files in sorted(catalogue.files.items())
+        }
+        return {path: to_ranges(shards) for path, shards in lacking.items() if shards}
+
+    def _inspect_views(self) -> list[dict[str, Any]]:
+        views, _ = read_views(self.files, self.store_digest)
+        described = []
+        for view in views:
+            found = view.found(self.files)
+            described.append(
+                {
+                    "fingerprint": view.fingerprint,
+                    "corpus": view.corpus.get("name", ""),
+                    "path": found or view.places[0][0],
+                    "there": found is not None,
+                    "rows": view.num_rows,
+                    "signals": list(view.signals),
+                    "shards": to_ranges(view.shards),
+                }
+            )
+        return described
 
     def verify(self) -> VerifyReport:
         """Read everything and compare it with what the records say."""

@@ -18,9 +18,20 @@ from ..ragged import Ragged
 from .files import LOCK_FILE, StoreFiles
 from .index import read_index
 from .keys import row_keys
-from .layout import COMMITS, GROUP_FILE, SIDECARS, STORE_FILE, array_label, group_metadata, index_file, parse_shard_file
+from .layout import (
+    COMMITS,
+    GROUP_FILE,
+    SIDECARS,
+    STORE_FILE,
+    VIEWS,
+    array_label,
+    group_metadata,
+    index_file,
+    parse_shard_file,
+)
 from .reader import read_shard
 from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts, live_files
+from .register import read_views
 from .sidecar import RECORD as SIDECAR_RECORD
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
@@ -107,6 +118,9 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
         problems += verify_sidecar(store.files, sidecar)
         num_files += 1 + len(sidecar.files)
         num_bytes += sum(size for size, _ in sidecar.files.values())
+    views, damaged = read_views(store.files, store.store_digest)
+    problems += damaged
+    num_files += len(views)
     unrecorded = unrecorded_files(store, records)
     problems = [_with_signals(problem, unrecorded) for problem in problems]
     named = {problem.file for problem in problems}
@@ -125,7 +139,7 @@ def unrecorded_files(store: TeacherStore, records: Iterable[Record]) -> list[str
         name
         for name in store.files.walk()
         if name not in named
-        and not name.startswith(f"{SIDECARS}/")
+        and not name.startswith((f"{SIDECARS}/", f"{VIEWS}/"))
         and os.path.basename(name) not in (STORE_FILE, LOCK_FILE, GROUP_FILE)
     )
 

@@ -334,6 +334,15 @@ class CacheTeacher(Stage):
         store = create_or_open(self.store, self._identity_of_store, plan.layout if plan.store is None else None)
         allocation = store.allocate(plan.encoded.token_ids, plan.encoded.segment_ids)
         store.declare(plan.specs)
+        # Before anything is captured: from here on `kd store gc` leaves what this view needs.
+        store.enter_view(
+            self.fingerprint_of(self.inputs()),
+            self.output_dir,
+            corpus={"name": self.corpus or self.dataset or "", "fingerprint": self._corpus.fingerprint},
+            signals=plan.specs,
+            num_rows=len(self._corpus),
+            shards=allocation.shards,
+        )
         put_files(store, teacher)
         missing = store.missing(plan.specs, allocation.shards)
         sizes = store.shard_sizes(missing)

@@ -25,6 +25,8 @@ class InspectStore(Stage):
         return StageResult(summary=open_store(self.store).inspect())
 
     def report(self, summary: Mapping[str, Any]) -> str:
+        from ...pipeline.store.register import format_ranges, from_ranges
+
         identity, capture = summary["identity"], summary["identity"]["capture"]
         lines = [
             f"store {summary['url']}",
@@ -43,6 +45,19 @@ class InspectStore(Stage):
             lines.append(
                 f"    {name:<{width}}  per {signal['axis']}{shape} {signal['dtype']}, {state}, {size(signal['bytes'])}"
             )
+        for array, shards in summary["incomplete"].items():
+            lines.append(f"  {array} lacks shards {format_ranges(from_ranges(shards))}")
+        if summary["derivable"]:
+            lines.append("  derivable, without being stored")
+            lines += [
+                f"    {one['signal']}  from {one['from']}{'' if one['exact'] else ', as it is stored'}"
+                for one in summary["derivable"]
+            ]
+        lines.append("  views" if summary["views"] else "  views    (none)")
+        for view in summary["views"]:
+            state = "" if view["there"] else "; its folder is gone"
+            what = f"{view['rows']:,} rows of {view['corpus']}, {', '.join(view['signals'])}"
+            lines.append(f"    {view['path']}: {what}{state}")
         return "\n".join(lines)
 
 

@@ -569,3 +569,23 @@ def test_an_interrupted_capture_goes_on_where_it_stopped(
     assert outcome.summary["rows_computed"] == 200 - 3 * 32
     assert outcome.summary["store_digest"] == undisturbed.summary["store_digest"]
     assert files(bench.store) == files(bench.folder / "whole")
+
+
+def test_a_view_is_in_the_register_of_its_store_as_soon_as_its_rows_are(
+    bench: Any, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.stages.cache_teacher import capture
+
+    seen: list[Any] = []
+    compute = capture.CaptureJob.compute
+    monkeypatch.setattr(
+        capture.CaptureJob,
+        "compute",
+        lambda job, *args: seen.append(open_store(bench.store).inspect()["views"]) or compute(job, *args),
+    )
+    outcome = bench.capture(bench.corpus(sentences[:20]), signals="logits,hidden.tok@1")
+    (view,) = open_store(bench.store).inspect()["views"]
+    assert seen == [[view]] and outcome.artifact is not None
+    assert view["fingerprint"] == outcome.artifact.fingerprint
+    assert (view["there"], view["rows"], view["signals"]) == (True, 20, ["logits", "hidden.tok@1"])
+    assert view["shards"] == [[0, 0]] and view["corpus"].endswith("corpus.csv")
