@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from .pipeline.artifact import json_ready
 from .pipeline.config import StageField, build_stage, parse_values, read_config, stage_fields
 from .pipeline.errors import KdError, UsageError, near_match
 from .pipeline.progress import duration, mute_libraries, open_progress, size
+from .pipeline.ranks import launched
 from .pipeline.stage import Outcome, Stage, StageContext, execute
 from .stages import COMMANDS, stage_class
 
@@ -96,13 +98,17 @@ def _near_option(option: str, known: Sequence[str]) -> str:
 
 
 def _fail(error: Mapping[str, Any], code: int, as_json: bool, **result: Any) -> int:
-    if as_json:
+    rank, _ = launched()
+    if as_json and not rank:
         _print_json({**result, "error": {**error, "exit_code": code}})
         return code
     lines = [f"error: {error['what']}", *(f"  {line}" for line in error["details"])]
     if error["fix"]:
         lines.append(f"  fix: {error['fix']}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+    if rank:
+        # The first process to fail ends the others: rank 0, which mostly meets the same, shall have said so by then.
+        time.sleep(1)
     return code
 
 
@@ -342,6 +348,8 @@ def _stdout_kept_clean() -> Iterator[None]:
 
 
 def _print_outcome(stage: Stage, outcome: Outcome, *, as_json: bool) -> int:
+    if outcome.follows:
+        return 0
     result: dict[str, Any] = {**outcome.summary}
     if stage.kind is not None:
         result |= {

@@ -326,6 +326,7 @@ MUTED = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """The environment in which the libraries underneath keep their bars, logs and warnings to themselves."""
 

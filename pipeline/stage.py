@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from .artifact import MANIFEST, Artifact, json_ready, kd_version, open_artifact, read_manifest, write_manifest
-from .errors import KdError, RefusedError
+from .errors import KdError, RefusedError, UsageError
 from .fingerprint import differing_fields, fingerprint
+from .ranks import Ranks, launched
 
 UNFINISHED = "unfinished.json"
 """Marks a folder that a stage is working on, or was when it was killed; holds the identity of that work."""
@@ -158,6 +159,7 @@ class Outcome:
         artifact: what it made; None for a report, a dry run or a failure.
         changed: one line per field in which a replaced artifact differed.
         failure: what to report and exit with, after the summary.
+        follows: whether another process of the launch leads: it has the summary and the artifact, and prints them.
     """
 
     skipped: bool
@@ -165,6 +167,7 @@ class Outcome:
     artifact: Artifact | None
     changed: tuple[str, ...] = ()
     failure: KdError | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,16 @@ class Stage:
     def run(self, context: StageContext) -> StageResult:
         """Do the work into `output_dir`; called only when it is needed."""
         raise RefusedError(f"stage {self.command!r} has no work of its own")
+
+    def ranks(self) -> Ranks | None:
+        """The processes that do this together, or None for one alone; UsageError where it cannot be shared."""
+        _, count = launched()
+        if count > 1:
+            raise UsageError(
+                f"kd {self.command} is the work of one process, and {count} were started together",
+                fix=f"start it without torchrun: python -m kd {self.command} ...",
+            )
+        return None
 
     def report(self, summary: Mapping[str, Any]) -> str | None:
         """The result for people, printed on stdout; None prints the summary as aligned lines."""
@@ -261,6 +274,17 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
             fields are shown), files that no stage of kd put there, or work that another process is doing now.
     """
     context = context or StageContext()
+    ranks = stage.ranks()
+    if ranks is None:
+        return _execute(stage, context)
+    if ranks.leads:
+        with ranks.leading():
+            return _execute(stage, context)
+    silent = dataclasses.replace(context, progress=NullProgress())
+    return ranks.following(lambda: stage.run(silent))
+
+
+def _execute(stage: Stage, context: StageContext) -> Outcome:
     output_dir = getattr(stage, "output_dir", None)
     inputs = stage.inputs()
     if stage.kind is None or output_dir is None or getattr(stage, "dry_run", False):

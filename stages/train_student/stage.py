@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import UsageError
+from ...pipeline.ranks import launched
 from ...pipeline.stage import StageContext, StageResult, option
 from ..training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from .preparation import Preparation
+    from .ranks import TrainingRanks
 
 DATA, STUDENT = "Data", "Student and methods"
 
@@ -85,6 +87,14 @@ class TrainStudent(TrainingOptions):
         """Whether there are rows to evaluate on."""
         return self.eval_dataset is not None or self.validation_fraction > 0
 
+    def identity_config(self) -> dict[str, Any]:
+        """The fields that change the result: a rank's slice of a step counts as an accumulated forward pass."""
+        config = super().identity_config()
+        _, count = launched()
+        if count > 1:
+            config["gradient_accumulation_steps"] = (self.gradient_accumulation_steps or 1) * count
+        return config
+
     def inputs(self) -> dict[str, str]:
         """Fingerprints of views, evaluation data and files of the start.
 
@@ -97,7 +107,19 @@ class TrainStudent(TrainingOptions):
         """Train, and write the run folder."""
         from .training import train_student
 
-        return train_student(self.prepared, context)
+        return train_student(self.prepared, context, self._ranks)
+
+    def ranks(self) -> TrainingRanks | None:
+        """The processes that torchrun started to train this student."""
+        return self._ranks
+
+    @cached_property
+    def _ranks(self) -> TrainingRanks | None:
+        if launched()[1] == 1:
+            return None
+        from .ranks import TrainingRanks
+
+        return TrainingRanks.join()
 
     @cached_property
     def prepared(self) -> Preparation:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
 from .loader import BatchLoader, gather_ahead
@@ -98,6 +98,10 @@ class StudentTrainer(Trainer):
         self._score = score
         self._sums: dict[str, Tensor] = {}
         self._num_summed = 0
+        self._side_group: Any = None
+        if order.rank:
+            # Rows of different ranks are dropped out differently; rank 0 draws what a process alone would.
+            set_seed(self.args.seed + order.rank)
 
     # --- batches -------------------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class StudentTrainer(Trainer):
             RefusedError: the loss is not a finite number any more.
         """
         if "loss" in logs and self._num_summed:
-            logs |= {f"loss/{name}": float(total) / self._num_summed for name, total in self._sums.items()}
+            logs |= {f"loss/{name}": value for name, value in self._mean_terms().items()}
             self._sums, self._num_summed = {}, 0
             broken = [name for name, value in logs.items() if name.startswith("loss") and not np.isfinite(value)]
             if broken:
@@ -134,6 +138,30 @@ class StudentTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
+    def _mean_terms(self) -> dict[str, float]:
+        """Mean of every loss term since the last log, over all ranks."""
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name].float() for name in names]) / self._num_summed
+        return dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+
+    # --- ranks ---------------------------------------------------------------------------------------------------
+
+    def any_rank(self, value: bool) -> bool:
+        """Whether it is true on some rank; all call it."""
+        if self.args.world_size == 1:
+            return value
+        if self._side_group is None:
+            # gloo, so that on a GPU no step waits until the device is idle.
+            self._side_group = torch.distributed.new_group(backend="gloo")
+        flag = torch.tensor(int(value))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._side_group)
+        return bool(flag)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # A checkpoint counts as complete with the file that rank 0 writes next: by then all ranks have written theirs.
+        self.accelerator.wait_for_everyone()
+
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(
@@ -141,7 +169,7 @@ class StudentTrainer(Trainer):
     ) -> Metrics:
         """Metrics of the student on all evaluation rows at once, in float32 whatever training runs in.
 
-        Every rank evaluates all rows, so that all come to the same decision.
+        All ranks get the same metrics, so that all come to the same decision.
         """
         assert self._score is not None and isinstance(self.eval_dataset, Rows)
         started = time.perf_counter()
@@ -153,10 +181,20 @@ class StudentTrainer(Trainer):
         return metrics
 
     def predict_logits(self, rows: Rows) -> np.ndarray:
-        """float32 [N, C] logits of the student in row order."""
-        return predict_logits(
-            self.student, rows, batch_size=self.args.per_device_eval_batch_size, device=self.args.device
+        """float32 [N, C] logits of the student in row order; every rank computes its part and gets all."""
+        order = self.loader.order
+        logits_NC = predict_logits(
+            self.student,
+            rows,
+            batch_size=self.args.per_device_eval_batch_size,
+            device=self.args.device,
+            part=(order.rank, order.num_ranks),
         )
+        if order.num_ranks == 1:
+            return logits_NC
+        # A row is zero on every rank but one, so the sum is exact.
+        whole_NC = self.accelerator.reduce(torch.from_numpy(logits_NC).to(self.args.device), "sum")
+        return np.asarray(whole_NC.cpu().numpy())
 
     @property
     def student(self) -> PreTrainedModel:
@@ -167,15 +205,25 @@ class StudentTrainer(Trainer):
 
 
 def predict_logits(
-    student: PreTrainedModel, rows: Rows, *, batch_size: int, device: torch.device | str = "cpu"
+    student: PreTrainedModel,
+    rows: Rows,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """float32 [N, C] logits in row order; rows are batched by length."""
+    """float32 [N, C] logits in row order; rows are batched by length.
+
+    Args:
+        part: (which, of how many): of the batches, only every so manieth; rows of the others are zero.
+    """
     was_training = student.training
     student.train(False)
     nn.Module.to(student, device)
     order = np.argsort(rows.tokens.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    logits_NC = np.empty((len(rows), int(student.config.num_labels or 0)), np.float32)
+    batches = batches[part[0] :: part[1]]
+    logits_NC = np.zeros((len(rows), int(student.config.num_labels or 0)), np.float32)
     with torch.inference_mode():
         for index, batch in zip(batches, gather_ahead(rows, batches), strict=True):
             inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
@@ -203,16 +251,23 @@ class _Clock(TrainerCallback):
 
 
 class StopAtSignal(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once `stop` has been called."""
+    """Ends training after the current step, with a checkpoint, once `stop` has been called.
 
-    def __init__(self) -> None:
+    Args:
+        any_rank: makes of a rank's "stop" that of all, so that they end with the same step; None is a process alone.
+    """
+
+    def __init__(self, any_rank: Callable[[bool], bool] | None = None) -> None:
         self.stopped = False
+        self._any_rank = any_rank
 
     def stop(self, *_: Any) -> None:
         """A signal handler."""
         self.stopped = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._any_rank is not None:
+            self.stopped = self._any_rank(self.stopped)
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

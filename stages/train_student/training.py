@@ -29,6 +29,7 @@ from .export import Report, export_run
 from .methods.hard import Hard
 from .order import BatchOrder
 from .preparation import AGREEMENT, Preparation
+from .ranks import TrainingRanks
 from .rows import Rows, StoredTokens, StoreRows, TokensInMemory, TokenSource
 from .seen_rows import SeenRows
 from .trainer import Distillation, Metrics, StopAtSignal, StudentTrainer
@@ -56,15 +57,21 @@ class Data:
     teacher_logits: np.ndarray | None
 
 
-def train_student(prepared: Preparation, context: StageContext) -> StageResult:
+def train_student(prepared: Preparation, context: StageContext, ranks: TrainingRanks | None = None) -> StageResult:
     """Train as prepared, and write the run folder.
 
+    Args:
+        ranks: the processes that train together; None is this one alone. All of them call this, rank 0 writes.
+
     Raises:
-        RefusedError: training diverged, or a resumed checkpoint is of another configuration.
+        RefusedError: training diverged, a resumed checkpoint is of another configuration, or this rank reads other
+            files than rank 0.
         KeyboardInterrupt: interrupted; a checkpoint of the last finished step was written.
     """
     stage = prepared.stage
     checkpoint = resumable_checkpoint(stage, stage.output_dir)
+    if ranks is not None:
+        ranks.require_alike({"inputs": prepared.fingerprints, "checkpoint": str(checkpoint)})
     started = time.perf_counter()
     tokenizer = prepared.student.make_tokenizer(prepared.teacher, lambda: _texts(prepared))
     set_seed(stage.seed)
@@ -74,7 +81,7 @@ def train_student(prepared: Preparation, context: StageContext) -> StageResult:
     context.progress.estimate(_announcement(prepared, data, trainer), steps=trainer.args.max_steps)
     attach_progress(trainer, context.progress, "training")
 
-    with _stopping_at_interrupt() as interrupt:
+    with _stopping_at_interrupt(trainer) as interrupt:
         trainer.add_callback(interrupt)
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
@@ -206,6 +213,8 @@ def make_trainer(
             **selection,
         },
     )
+    # Several GPUs are for several ranks; one process uses one, not DataParallel, which knows nothing of the order.
+    args._n_gpu = min(args.n_gpu, 1)
     order, transfer = (_order(args, data.rows, index) for index in (data.train, data.transfer))
     if args.max_steps <= 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * transfer.steps_per_epoch))
@@ -274,9 +283,13 @@ def _scorer(prepared: Preparation, data: Data) -> Any:
 
 
 @contextlib.contextmanager
-def _stopping_at_interrupt() -> Iterator[StopAtSignal]:
-    """While it is open, the first Ctrl-C ends training after the current step; a second one ends it at once."""
-    callback = StopAtSignal()
+def _stopping_at_interrupt(trainer: StudentTrainer) -> Iterator[StopAtSignal]:
+    """While it is open, the first Ctrl-C ends training after the current step; a second one ends it at once.
+
+    With several ranks the second one is ignored: torchrun hands on the Ctrl-C that the terminal sent to all of them.
+    """
+    alone = trainer.args.world_size == 1
+    callback = StopAtSignal() if alone else StopAtSignal(trainer.any_rank)
     if threading.current_thread() is not threading.main_thread():
         yield callback
         return
@@ -284,7 +297,8 @@ def _stopping_at_interrupt() -> Iterator[StopAtSignal]:
 
     def stop(*_: Any) -> None:
         callback.stop()
-        signal.signal(signal.SIGINT, before)
+        if alone:
+            signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, stop)
     try:
@@ -354,6 +368,7 @@ def _report(
             "rows": len(data.train),
             "rows_with_gold": int(data.rows.has_gold[data.train].sum()),
             "rows_per_step": order.rows_per_step,
+            "ranks": order.num_ranks,
             "best_step": state.best_global_step or None,
             "best_metric": prepared.best_metric if data.evaluation is not None else None,
             "train_loss": train_loss,

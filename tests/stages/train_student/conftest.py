@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,16 @@ LABELS = ("negative", "neutral", "positive")
 NUM_LAYERS, WIDTH = 2, 32
 
 
-def key_of(ids: Sequence[int]) -> float:
-    """A number that tells rows apart by their token ids and the order of these."""
-    return float(sum((position + 1) * int(token) for position, token in enumerate(ids)) % 9973)
+def key_of(ids: Sequence[int], teacher: str) -> float:
+    """A number below 1000 that tells rows apart by their token ids, the order of these, and whose store they are in."""
+    digest = hashlib.blake2b(f"{teacher} {[int(token) for token in ids]}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little") / 2**48 * 1000
 
 
-def planted(signal: str, ids: Sequence[int], num_labels: int = 3) -> np.ndarray:
-    """What the store holds of `signal` for a row of these token ids."""
+def planted(signal: str, ids: Sequence[int], num_labels: int = 3, teacher: str = "one") -> np.ndarray:
+    """What the store of a teacher holds of `signal` for a row of these token ids."""
     name, _, layer = signal.partition("@")
-    start = key_of(ids) + 100 * int(layer or 0)
+    start = key_of(ids, teacher) + 100 * int(layer or 0)
     if name == "logits":
         return (2 * np.sin(start + np.arange(num_labels))).astype(np.float32)
     if name == "hidden.tok":
@@ -45,12 +47,91 @@ def planted_fixture() -> Callable[..., np.ndarray]:
 
 @dataclass(frozen=True)
 class PlantedView:
-    """A finished view folder, and what was put into it."""
+    """A finished view folder, and what was put into it: all of it JSON-ready but the path.
+
+    `token_ids` are those of the tokenizer alone, example after example.
+    """
 
     path: Path
     texts: list[str]
     second: list[str] | None
     labels: list[Any]
+    token_ids: list[list[int]]
+    teacher: str
+
+
+class PlantedRows:
+    """Watches a training: does every row meet its own text, label and teacher values?
+
+    Args:
+        views: that are trained on, in their order.
+        label_names: in the order of the teacher's logits.
+        reads_teacher_tokens: whether the student does.
+        on_pass: called before every forward pass with its number, from 0.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[PlantedView],
+        *,
+        label_names: Sequence[str] = LABELS,
+        reads_teacher_tokens: bool = True,
+        on_pass: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        self.passes: list[list[int]] = []
+        """Rows of every forward pass, numbered over all views."""
+        self.signals: set[str] = set()
+        self._examples = [
+            (view.teacher, ids, label)
+            for view in views
+            for ids, label in zip(view.token_ids, view.labels or [None] * len(view.token_ids), strict=True)
+        ]
+        self._label_names, self._reads_teacher_tokens, self._on_pass = label_names, reads_teacher_tokens, on_pass
+
+    def watch(self, setattr_: Callable[[Any, str, Any], None] = setattr) -> None:
+        """Stand between the loader and the loss; `setattr_` of a monkeypatch undoes it."""
+        import torch
+
+        from kd.stages.train_student.rows import Rows
+        from kd.stages.train_student.trainer import Distillation
+
+        batch, forward = Rows.batch, Distillation.forward
+
+        def numbered(rows: Rows, index_B: np.ndarray) -> dict[str, Any]:
+            return {**batch(rows, index_B), "index_B": torch.from_numpy(index_B)}
+
+        def checking(distillation: Distillation, index_B: Any, **given: Any) -> Any:
+            self._on_pass(len(self.passes))
+            self.check(index_B.tolist(), **given)
+            self.passes.append(index_B.tolist())
+            return forward(distillation, **given)
+
+        setattr_(Rows, "batch", numbered)
+        setattr_(Distillation, "forward", checking)
+
+    def check(self, index: list[int], inputs: Any, labels: Any, has_gold: Any, signals: Any) -> None:
+        """AssertionError where a row of the batch has something of another row."""
+        assert len(labels) == len(index)
+        for row, example in enumerate(index):
+            teacher, ids, label = self._examples[example]
+            if self._reads_teacher_tokens:
+                length = int(inputs["attention_mask"][row].sum())
+                assert inputs["input_ids"][row, :length].tolist() == ids, f"example {example}: other tokens"
+            assert bool(has_gold[row]) == (label is not None), f"example {example}: gold where there is none"
+            assert label is None or self._label_names[int(labels[row])] == label, f"example {example}: another label"
+            for name, values in signals.items():
+                found, wanted = values[row].numpy(), planted(name, ids, len(self._label_names), teacher)
+                if name.startswith("hidden.tok"):
+                    assert not found[len(ids) :].any(), f"example {example}: {name} goes on after its last token"
+                    found = found[: len(ids)]
+                assert np.array_equal(found, wanted), f"example {example} met {name} of another row"
+                self.signals.add(name)
+
+
+@pytest.fixture(scope="session")
+def planted_rows() -> type[PlantedRows]:
+    """The watcher over planted rows."""
+    return PlantedRows
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +204,7 @@ def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             rows = store.read_tokens(shard).token_ids
             writer = store.writer(shard, specs)
             for spec in specs:
-                values = [planted(str(spec.signal), row.tolist(), len(names)) for row in rows]
+                values = [planted(str(spec.signal), row.tolist(), len(names), teacher) for row in rows]
                 put = writer.put_tokens if spec.axis == "token" else writer.put_rows
                 put(
                     spec.signal,
@@ -166,7 +247,9 @@ def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
                 "content": content,
             },
         )
-        return PlantedView(view, texts, second, [] if labels is None else labels)
+        pairs = [texts] if second is None else [texts, second]
+        cut = tokenizer(*pairs, truncation=True, max_length=64)["input_ids"]
+        return PlantedView(view, texts, second, [] if labels is None else labels, cut, teacher)
 
     return make
 
