@@ -23,6 +23,7 @@ COMMANDS = {
     "run": ".run_workflow:RunWorkflow",
     "store inspect": ".store.inspect:InspectStore",
     "store verify": ".store.verify:VerifyStore",
+    "store repair": ".store.repair:RepairStore",
     "store compact": ".store.compact:CompactStore",
     "methods": ".listings:ListMethods",
     "students": ".listings:ListStudents",

@@ -86,26 +86,41 @@ def _read(files: StoreFiles, name: str, record: IndexRecord) -> bytes:
 
 
 def _decode(data: bytes, record: Record) -> tuple[Keys, IntArray]:
+    assert record.index is not None
+    keys, lengths = decode_index(data, num_rows=record.rows)
+    if int(lengths.sum()) != record.tokens:
+        raise ValueError(f"num_tokens sums to {int(lengths.sum())}, the record says {record.tokens}")
+    if content_hash(keys, lengths) != record.index.content:
+        raise ValueError("its content does not have the recorded checksum")
+    return keys, lengths
+
+
+def decode_index(data: bytes, *, num_rows: int | None = None) -> tuple[Keys, IntArray]:
+    """(row keys [rows, 2], number of tokens int64 [rows]) from the bytes of an index, its columns checked.
+
+    Args:
+        num_rows: how many there must be; None is whatever fits into the file.
+
+    Raises:
+        ValueError, pyarrow.ArrowException, RefusedError: say what is wrong with it.
+    """
     parquet = pq.ParquetFile(pa.BufferReader(data))
     if not parquet.schema_arrow.equals(SCHEMA):
         raise ValueError(f"its columns are {parquet.schema_arrow.names}, expected {SCHEMA.names}")
-    if parquet.metadata.num_rows != record.rows:
-        raise ValueError(f"it has {parquet.metadata.num_rows} rows, its record says {record.rows}")
+    found = parquet.metadata.num_rows
+    if num_rows is not None and found != num_rows:
+        raise ValueError(f"it has {found} rows, its record says {num_rows}")
+    if found * 28 > len(data):
+        raise ValueError(f"it has {found} rows in {len(data)} bytes, which is not as kd writes them")
     table = parquet.read(use_threads=False)
     slots, starts, lengths = (
         table.column(name).to_numpy().astype(np.int64) for name in ("row_slot", "token_start", "num_tokens")
     )
-    keys = keys_from_arrow(table.column("row_key"))
-    if not np.array_equal(slots, np.arange(record.rows)):
+    if not np.array_equal(slots, np.arange(len(table))):
         raise ValueError("row_slot does not count from 0 without gaps")
-    if (lengths < 1).any() or int(lengths.sum()) != record.tokens:
-        raise ValueError(f"num_tokens sums to {int(lengths.sum())}, the record says {record.tokens}")
-    if not np.array_equal(starts, offsets_of(lengths)[:-1]):
-        raise ValueError("token_start is not the running sum of num_tokens")
-    assert record.index is not None
-    if content_hash(keys, lengths) != record.index.content:
-        raise ValueError("its content does not have the recorded checksum")
-    return keys, lengths
+    if (lengths < 1).any() or not np.array_equal(starts, offsets_of(lengths)[:-1]):
+        raise ValueError("token_start is not the running sum of num_tokens, which are at least 1")
+    return keys_from_arrow(table.column("row_key")), lengths
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import json
 import re
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -582,6 +582,22 @@ class RecordReader:
             catalogue, contradictions = build_catalogue(records)
         require_none([*problems, *contradictions], self._files.url)
         return catalogue
+
+
+def stores_named(files: StoreFiles) -> dict[str, int]:
+    """Digests of stores that sound records name, with how many do: what store.json must have, were it lost."""
+    named: Counter[str] = Counter()
+    for name in files.list(COMMITS):
+        try:
+            data = files.read(f"{COMMITS}/{name}", limit=SMALL_FILE_BYTES)
+            contents = decode_compacted(data, name=name) if COMPACTED_NAME.fullmatch(name) else {name: data}
+            for item, record in contents.items():
+                match = RECORD_NAME.fullmatch(item)
+                if match is not None and digest_of(record) == match[2]:
+                    named[str(json.loads(record)["store"])] += 1
+        except (ValueError, KeyError, TypeError, VerificationError, OSError, RecursionError):
+            continue
+    return dict(named)
 
 
 def require_none(problems: Sequence[Problem], url: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from .compacted import MAX_RECORD_BYTES
 from .files import STAGING, StoreFiles, make_folders, sync_folder
 from .layout import SIDECARS
 from .records import Problem
+
+if TYPE_CHECKING:
+    from .repair import Outcome
 
 RECORD = "record.json"
 TENSORS = "tensors.safetensors"
@@ -69,28 +72,52 @@ def write_tensors(
     Raises:
         RefusedError: a sidecar of that name holds others, or a tensor is not finite.
     """
-    import safetensors.numpy
-
     for tensor_name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise RefusedError(f"sidecar {name!r}: tensor {tensor_name!r} has values that are not finite")
-    data = safetensors.numpy.save({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)})
-    _write(files, store, name, "tensors", {TENSORS: data}, metadata, keep_old=False)
+    _write(files, store, name, "tensors", tensor_files(tensors), metadata, keep_old=False)
+
+
+def tensor_files(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, bytes]:
+    """The files of a sidecar of tensors."""
+    import safetensors.numpy
+
+    return {TENSORS: safetensors.numpy.save({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)})}
 
 
 def write_files(
     files: StoreFiles, store: str, name: str, folder: str | os.PathLike[str], metadata: Mapping[str, Any]
 ) -> None:
     """Keep the files of a folder (sub-folders included). A sidecar of that name that is there stays as it is."""
-    root = Path(folder)
-    contents = {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    contents = folder_files(folder)
     if not contents:
-        raise UsageError(f"sidecar {name!r}: no files in {root}")
+        raise UsageError(f"sidecar {name!r}: no files in {folder}")
     if RECORD in contents:
-        raise UsageError(f"sidecar {name!r}: {root} has a file named {RECORD}, which is taken")
+        raise UsageError(f"sidecar {name!r}: {folder} has a file named {RECORD}, which is taken")
     _write(files, store, name, "files", contents, metadata, keep_old=True)
+
+
+def folder_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Every file below a folder, by its path in it."""
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def _record_of(
+    store: str, name: str, kind: str, contents: Mapping[str, bytes], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "format": 1,
+        "store": store,
+        "name": name,
+        "kind": kind,
+        "metadata": json.loads(canonical_json(dict(metadata))),
+        "files": {
+            file: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for file, data in contents.items()
+        },
+    }
+    record["digest"] = fingerprint(record)
+    return record
 
 
 def _write(
@@ -103,17 +130,7 @@ def _write(
     *,
     keep_old: bool,
 ) -> None:
-    record: dict[str, Any] = {
-        "format": 1,
-        "store": store,
-        "name": name,
-        "kind": kind,
-        "metadata": json.loads(canonical_json(dict(metadata))),
-        "files": {
-            file: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for file, data in contents.items()
-        },
-    }
-    record["digest"] = fingerprint(record)
+    record = _record_of(store, name, kind, contents, metadata)
     if "/" in name:
         raise UsageError(f"sidecar {name!r}: a name has no slash in it")
     files.path(f"{SIDECARS}/{name}")  # refuses a name that is not plain
@@ -206,7 +223,7 @@ def _require_intact(files: StoreFiles, sidecar: Sidecar) -> None:
         raise VerificationError(
             f"sidecar {sidecar.name!r} of store {files.url} is damaged",
             details=[str(problem) for problem in problems[:5]],
-            fix=f"delete {files.path(f'{SIDECARS}/{sidecar.name}')} and run kd cache-teacher again",
+            fix=f"kd store repair {files.url} --teacher TEACHER",
         )
 
 
@@ -235,3 +252,61 @@ def verify_sidecar(files: StoreFiles, sidecar: Sidecar) -> list[Problem]:
             what = error.what
         problems.append(Problem(None, f"sidecar {sidecar.name}", path, what))
     return problems
+
+
+def restore_sidecar(
+    files: StoreFiles,
+    store: str,
+    name: str,
+    kind: str,
+    contents: Mapping[str, bytes],
+    outcome: Outcome,
+    *,
+    accept: bool = False,
+) -> None:
+    """Write what is damaged of a sidecar from what the teacher gives now.
+
+    Args:
+        contents: its files, made from the teacher.
+        accept: replace a sidecar that the teacher now gives otherwise (another version of its libraries) as a whole.
+    """
+    signal = f"sidecar {name}"
+    with files.lock():
+        try:
+            said = read_record(files, store, name)
+        except (RefusedError, VerificationError):
+            said = None
+        if said is not None and not _same(said, kind, contents):
+            damaged = [problem.file for problem in verify_sidecar(files, said) if files.exists(problem.file)]
+            if not accept:
+                for file in damaged:
+                    outcome.lose(
+                        file,
+                        "the teacher's libraries write it otherwise now: restore it from a copy, "
+                        "or replace the sidecar as it is made now with --accept-recomputed",
+                    )
+                return
+            said = None
+        metadata = {} if said is None else said.metadata
+        record = canonical_json(_record_of(store, name, kind, contents, metadata)) + b"\n"
+        # The record last: until it is there, the sidecar counts as damaged.
+        for file, data in {**contents, RECORD: record}.items():
+            path = f"{SIDECARS}/{name}/{file}"
+            if not _holds(files, path, data):
+                files.write(path, [data])
+                outcome.restore(None, signal, path, "made from the teacher")
+        for file in sorted(files.walk(f"{SIDECARS}/{name}") - {RECORD} - set(contents)):
+            files.remove(f"{SIDECARS}/{name}/{file}")
+            outcome.remove(None, signal, f"{SIDECARS}/{name}/{file}", "its record does not name it")
+
+
+def _same(said: Sidecar, kind: str, contents: Mapping[str, bytes]) -> bool:
+    made = {file: (len(data), xxhash.xxh3_128_hexdigest(data)) for file, data in contents.items()}
+    return (said.kind, said.files) == (kind, made)
+
+
+def _holds(files: StoreFiles, path: str, data: bytes) -> bool:
+    try:
+        return files.size(path) == len(data) and files.read(path, limit=len(data)) == data
+    except (KdError, OSError):
+        return False

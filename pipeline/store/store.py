@@ -139,8 +139,7 @@ def create_or_open(
     if layout is not None:
         store.layout.require_equal(layout, url=store.url)
     with files.lock():
-        sidecar.sweep(files)
-        files.sweep()
+        store.sweep()
         store.prepare()
         store._compact_if_many()
     return store
@@ -457,6 +456,11 @@ class TeacherStore:
                 if spec.path not in there:
                     self._declare(spec, num_shards)
             self._grow(num_shards)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written. Hold the lock."""
+        sidecar.sweep(self.files)
+        self.files.sweep()
 
     def prepare(self) -> None:
         """Make groups and input arrays whole again after a kill. Hold the lock."""

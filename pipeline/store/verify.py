@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -84,10 +84,13 @@ class VerifyReport:
         }
 
 
-def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) -> VerifyReport:
+def verify_store(
+    url: str, *, shards: Collection[int] | None = None, map_shards: Callable[..., Iterable[Any]] = map
+) -> VerifyReport:
     """Verify the store at `url`.
 
     Args:
+        shards: whose files are read; None is all. Records, metadata and sidecars are always read.
         map_shards: how `verify_shard` is mapped over lists of its arguments; `map`, or an executor's.
 
     Raises:
@@ -101,14 +104,14 @@ def verify_store(url: str, *, map_shards: Callable[..., Iterable[Any]] = map) ->
     problems += contradictions
     problems += _verify_store_file(store)
     num_files, num_bytes = 1 + len(store.files.list(COMMITS)), 0
-    shards = sorted({record.shard for record in records})
+    chosen = sorted({record.shard for record in records if shards is None or record.shard in shards})
     run = uuid.uuid4().hex
-    for found, files, size in map_shards(verify_shard, [url] * len(shards), shards, [run] * len(shards)):
+    for found, files, size in map_shards(verify_shard, [url] * len(chosen), chosen, [run] * len(chosen)):
         problems += found
         num_files += files
         num_bytes += size
-    problems += _verify_arrays(store, catalogue.specs, catalogue.num_shards)
-    problems += _verify_groups(store, catalogue.specs.values())
+    problems += verify_arrays(store, catalogue.specs, catalogue.num_shards)
+    problems += verify_groups(store, catalogue.specs.values())
     for name in list_sidecars(store.files):
         try:
             sidecar = read_record(store.files, store.store_digest, name)
@@ -253,7 +256,7 @@ def _verify_store_file(store: TeacherStore) -> list[Problem]:
     return [Problem(None, None, STORE_FILE, "it is not written as kd writes it: it was edited or damaged")]
 
 
-def _verify_arrays(store: TeacherStore, specs: Mapping[str, ArraySpec], num_shards: int) -> list[Problem]:
+def verify_arrays(store: TeacherStore, specs: Mapping[str, ArraySpec], num_shards: int) -> list[Problem]:
     """zarr.json of every array: what other software would read with."""
     problems = []
     for path in sorted({*specs, *store.array_paths()}):
@@ -277,7 +280,7 @@ def _verify_arrays(store: TeacherStore, specs: Mapping[str, ArraySpec], num_shar
     return problems
 
 
-def _verify_groups(store: TeacherStore, specs: Iterable[ArraySpec]) -> list[Problem]:
+def verify_groups(store: TeacherStore, specs: Iterable[ArraySpec]) -> list[Problem]:
     """zarr.json of the groups; attributes are anybody's."""
     problems = []
     for folder in sorted({"", *(os.path.dirname(spec.path) for spec in specs)}):

@@ -60,15 +60,32 @@ def put_sidecars(store: TeacherStore, model: nn.Module, names: tuple[str, ...]) 
 
 def put_files(store: TeacherStore, teacher: Teacher) -> None:
     """Keep the teacher's tokenizer and config, so that a student never needs the teacher's folder."""
-    if not store.has_sidecar(TOKENIZER):
-        with tempfile.TemporaryDirectory() as folder:
-            _forget_lengths(teacher.tokenizer)
-            teacher.tokenizer.save_pretrained(folder)
-            store.put_file_sidecar(TOKENIZER, Path(folder))
-    if not store.has_sidecar(CONFIG):
-        with tempfile.TemporaryDirectory() as folder:
-            teacher.config.save_pretrained(folder)
-            store.put_file_sidecar(CONFIG, Path(folder))
+    for name in (TOKENIZER, CONFIG):
+        if not store.has_sidecar(name):
+            with tempfile.TemporaryDirectory() as folder:
+                _save(teacher, name, folder)
+                store.put_file_sidecar(name, Path(folder))
+
+
+def _save(teacher: Teacher, name: str, folder: str) -> None:
+    if name == TOKENIZER:
+        _forget_lengths(teacher.tokenizer)
+        teacher.tokenizer.save_pretrained(folder)
+    else:
+        teacher.config.save_pretrained(folder)
+
+
+def sidecar_contents(teacher: Teacher, name: str) -> tuple[str, dict[str, bytes]] | None:
+    """(kind, files) of a sidecar as the teacher gives it now; None for a name that kd does not use."""
+    from ...pipeline.store.sidecar import folder_files, tensor_files
+
+    if name in SIDECARS:
+        return "tensors", tensor_files(dict(tensors_of(teacher.load("auto"), name)))
+    if name not in (TOKENIZER, CONFIG):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        _save(teacher, name, folder)
+        return "files", folder_files(folder)
 
 
 def sidecar_bytes(teacher: Teacher, names: tuple[str, ...]) -> dict[str, int]:
