@@ -124,7 +124,7 @@ class Bench:
         self.texts = texts[: arguments.rows or None]
         self.max_length = min(arguments.max_length, teacher.max_tokens)
         self.layout = StoreLayout.for_vocabulary(teacher.vocab_size, batch_tokens=arguments.batch_tokens)
-        self.identity = StoreIdentity(teacher={"tensors": teacher.tensor_digest}, tokenizer={}, capture={})
+        self.identity = StoreIdentity(teacher=teacher.identity(), tokenizer={}, capture={})
         self.tokenise()
         self.shards: list[Any] = []
         self.capture()  # leaves the shards' rows for `no_store`

@@ -195,7 +195,8 @@ class TrainTeacher(TrainingOptions):
         return DatasetSource(dataset=dataset, **fields)  # type: ignore[arg-type]
 
     def _model_fingerprint(self) -> str:
-        from .cache_teacher.teacher import behaviour_config, describe_teacher, tokenizer_identity
+        from .cache_teacher.identity import behaviour_config, tokenizer_identity
+        from .cache_teacher.teacher import describe_teacher
 
         checkpoint = describe_teacher(self.model_source())
         if self.max_length is not None and self.max_length > checkpoint.max_tokens:

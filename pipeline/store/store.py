@@ -180,8 +180,8 @@ def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = No
                 fix="use the kd version that wrote it",
             )
         digest = content.pop("digest")
-        if fingerprint(content) != digest:
-            raise ValueError("its content does not have the digest it names: it was edited or damaged")
+        if (found := fingerprint(content)) != digest:
+            raise ValueError(f"its content has the digest {found}, it names {digest}: it was edited or damaged")
         identity = StoreIdentity(**content["identity"])
         layout = StoreLayout(**content["layout"])
     except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:

@@ -12,9 +12,11 @@ import numpy as np
 
 from ...pipeline.errors import RefusedError
 from ...pipeline.executor import Deferred
+from ...pipeline.fingerprint import differing_fields
 from ...pipeline.ragged import Ragged
 from ...pipeline.store import ArraySpec, Claim, ShardWriter, TeacherStore
-from .teacher import Teacher, describe_teacher, tensor_digest
+from .identity import tensor_digest
+from .teacher import Teacher, describe_teacher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,6 +184,13 @@ def _loaded_teacher(job: CaptureJob) -> LoadedTeacher:
                 raise RefusedError(
                     f"teacher {job.teacher} changed while it was captured",
                     details={"tensors at the start": job.tensors, "tensors now": tensors},
+                    fix="put the original teacher back, and run the same command again",
+                )
+            changed = differing_fields(job.store.identity.to_json()["teacher"], teacher.identity(tensors))
+            if changed:
+                raise RefusedError(
+                    f"teacher {job.teacher} changed while it was captured (at the start → now)",
+                    details=changed,
                     fix="put the original teacher back, and run the same command again",
                 )
             model = teacher.load(job.dtype)

@@ -38,7 +38,9 @@ class CacheTeacher(Stage):
     on_interrupt: ClassVar[str] = "finished shards are kept; the same command goes on with the rest"
 
     teacher: str = option(help="Teacher: a checkpoint folder or hub id.", panel=TEACHER, metavar="PATH|ID")
-    trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.", panel=TEACHER)
+    trust_remote_code: bool = option(
+        False, help="Run Python code that comes with the checkpoint.", identity=False, panel=TEACHER
+    )
     dtype: str = option(
         "float32", help="Compute dtype.", panel=TEACHER, choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
     )
@@ -69,6 +71,7 @@ class CacheTeacher(Stage):
     hidden_dtype: str | None = option(
         None,
         help="How hidden states are stored; float16, or as the store has them.",
+        identity=False,
         panel=STORE,
         choices=("float16", "float32"),
         metavar="DTYPE",
@@ -132,15 +135,27 @@ class CacheTeacher(Stage):
         from .teacher import resolve_device
 
         resolve_device(self.device)
-        signals = ",".join(str(signal) for signal in self._signals)
-        corpus = self._corpus.fingerprint
-        teacher = fingerprint(self._teacher.identity())
+        _ = self._signals  # refused by name before anything is read
+        corpus = self._corpus
+        identity = self._identity_of_store
+        # What an option comes to, not how it was given: a length above the teacher's is the teacher's.
         return {
-            "teacher": teacher,
-            "corpus" if self.corpus is not None else "dataset": corpus,
-            "signals": signals,
-            "store": self._identity_of_store.digest,
+            "teacher": fingerprint(identity.teacher),
+            "tokenizer": fingerprint(identity.tokenizer),
+            "max_length": str(self._max_tokens),
+            "corpus" if self.corpus is not None else "dataset": corpus.fingerprint,
+            **({} if self.dataset is None else {"task": corpus.info.task}),
+            "signals": ",".join(f"{spec.signal}:{spec.dtype}" for spec in self._specs(self._open_store())),
+            "store": identity.digest,
         }
+
+    def _open_store(self) -> TeacherStore | None:
+        """The store that is there; RefusedError, field by field, when it was captured from something else."""
+        from ...pipeline.store import open_store
+        from ...pipeline.store.layout import STORE_FILE
+
+        there = (Path(self.store).expanduser() / STORE_FILE).exists()
+        return open_store(self.store, expect=self._identity_of_store) if there else None
 
     def outdated(self, artifact: Artifact) -> str | None:
         """A finished view is made again when its store is gone, moved, or lacks what was asked for."""
@@ -229,8 +244,6 @@ class CacheTeacher(Stage):
 
     def _plan(self, context: StageContext) -> Plan:
         """Tokenise and look up: what is there, what is to be computed, what it costs. Writes nothing."""
-        from ...pipeline.store import open_store
-        from ...pipeline.store.layout import STORE_FILE
         from .sidecars import missing_sidecars, parse_sidecars
 
         progress = context.progress
@@ -241,9 +254,7 @@ class CacheTeacher(Stage):
             )
         if self._max_tokens < self.max_length:
             progress.info(f"rows are cut at {self._max_tokens} tokens, the most that the teacher takes")
-        store = None
-        if (Path(self.store).expanduser() / STORE_FILE).exists():
-            store = open_store(self.store, expect=self._identity_of_store)
+        store = self._open_store()
         layout = self._layout(store, progress.warn)
         encoded = self._encode(context)
         preview = _preview(store, layout, encoded)

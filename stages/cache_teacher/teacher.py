@@ -6,7 +6,6 @@ model loads. The digest of the tensors needs the weights once; afterwards it is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipeline.artifact import atomic_write_bytes
 from ...pipeline.errors import RefusedError, UsageError, near_match
-from ...pipeline.fingerprint import fingerprint
+from ...pipeline.fingerprint import differing_fields, fingerprint
+from .identity import behaviour_config, code_digest, code_references, tensor_digest, tokenizer_identity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,13 +42,6 @@ TOKENIZER_FILES = {
 OFFSET_POSITIONS = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
     *("mpnet", "longformer", "ibert", "xmod", "luke", "esm"),
-}
-# Fields of a config that an evaluated model does not read, or that the identity holds elsewhere.
-WITHOUT_BEHAVIOUR = {
-    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"),
-    *("id2label", "label2id", "num_labels", "problem_type", "model_type", "tokenizer_class", "finetuning_task"),
-    *("output_hidden_states", "output_attentions", "return_dict", "use_cache", "gradient_checkpointing"),
-    *("initializer_range", "initializer_factor", "torchscript", "task_specific_params", "quantization_config"),
 }
 # Buffers that old checkpoints carry and today's classes compute.
 COMPUTED_BUFFERS = {"position_ids", "token_type_ids", "inv_freq"}
@@ -170,14 +163,28 @@ class Teacher:
                 after.write(digest)
         return digest
 
-    def identity(self) -> dict[str, Any]:
-        """What the store keeps as the teacher's identity: tensors, class and the config fields that matter."""
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether code that comes with the checkpoint takes part; trust alone does not make it."""
+        if not self.trust_remote_code:
+            return False
+        model = "AutoModelForSequenceClassification" if self.has_head else "AutoModel"
+        return model in (getattr(self.config, "auto_map", None) or {}) or any(
+            type(part).__module__.startswith("transformers_modules.") for part in (self.config, self.tokenizer)
+        )
+
+    def identity(self, tensors: str | None = None) -> dict[str, Any]:
+        """What the store keeps as the teacher's identity: tensors, class, the config fields that matter, its code.
+
+        Args:
+            tensors: the digest of the tensors, where it is known.
+        """
         return {
             "model_type": self.config.model_type,
             "head": "sequence-classification" if self.has_head else "none",
-            "tensors": self.tensor_digest,
+            "tensors": tensors or self.tensor_digest,
             "config": behaviour_config(self.config),
-            **({"code": _code_digest(self.folder)} if self.trust_remote_code else {}),
+            **({"code": code_digest(self.folder)} if self.runs_own_code else {}),
         }
 
     def load(self, dtype: str = "auto") -> nn.Module:
@@ -216,7 +223,6 @@ def describe_teacher(source: str, *, trust_remote_code: bool = False) -> Teacher
     is_local = path.is_dir()
     if is_local:
         _check_files(source, path)
-        _check_remote_code(source, path, trust_remote_code)
     elif path.is_file():
         raise RefusedError(f"teacher {source} is a file; a teacher is a folder", fix=f"give {path.parent}")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -224,16 +230,13 @@ def describe_teacher(source: str, *, trust_remote_code: bool = False) -> Teacher
 
     where = str(path) if is_local else source
     try:
+        folder = path.resolve() if is_local else _hub_folder(source)
+        _check_remote_code(source, folder, trust_remote_code)
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(source, is_local, error) from error
-    if not is_local:
-        folder = _hub_folder(source)
-        _check_remote_code(source, folder, trust_remote_code)
-    else:
-        folder = path.resolve()
     if getattr(config, "is_encoder_decoder", False):
         raise RefusedError(
             f"teacher {source} is an encoder-decoder ({config.model_type}); kd captures encoders",
@@ -285,69 +288,6 @@ def resolve_device(name: str | None) -> str:
     return name
 
 
-def tensor_digest(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter and saved buffer, in order of name.
-
-    Tied tensors count once. File names, sharding and file format do not enter; dtype does, so digest a model in
-    the dtype of its checkpoint.
-    """
-    import torch
-
-    parameters = dict(model.named_parameters())
-    every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved = model.state_dict()
-    tensors = parameters | {name: tensor for name, tensor in saved.items() if name not in every_parameter}
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        digest.update(json.dumps(header).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def behaviour_config(config: Any) -> dict[str, Any]:
-    """The fields of a config that change what an evaluated model computes, where they differ from the defaults.
-
-    Leaving defaults out keeps the identity equal when a later transformers adds a field.
-    """
-    defaults = type(config)().to_dict()
-    fields = json.loads(config.to_json_string(use_diff=False))
-    plain_defaults = json.loads(json.dumps(defaults, default=str))
-    return {
-        name: value
-        for name, value in sorted(fields.items())
-        if name not in WITHOUT_BEHAVIOUR
-        and "dropout" not in name
-        and not name.startswith("_")
-        and (name not in plain_defaults or plain_defaults[name] != value)
-    }
-
-
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """What the store keeps as the tokenizer's identity: its behaviour, not its files.
-
-    Truncation and padding are set at every call, so what the files say about them does not count.
-    """
-    identity: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "segments": "token_type_ids" in tokenizer.model_input_names,
-        "truncation_side": tokenizer.truncation_side,
-    }
-    if getattr(tokenizer, "is_fast", False):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        for name in ("version", "truncation", "padding", "decoder"):
-            backend.pop(name, None)
-        merges = backend.get("model", {}).get("merges")
-        if merges:  # older files hold "a b", newer ones ["a", "b"]
-            backend["model"]["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-        return identity | {"behaviour": fingerprint(backend)}
-    probes = ["Straße naïve ＡＢＣ 北京 don't 3.14", "x\tY\nz  ...", "UPPER lower #tag @name http://a.b/c?d=e"]
-    seen = [tokenizer(probe)["input_ids"] for probe in probes]
-    return identity | {"behaviour": fingerprint([sorted(tokenizer.get_vocab().items()), seen])}
-
-
 def store_identity(teacher: Teacher, *, max_length: int, dtype: str) -> StoreIdentity:
     """Identity of the store that a capture of this teacher belongs to.
 
@@ -395,6 +335,7 @@ def _load(teacher: Teacher, dtype: str) -> nn.Module:
     if not teacher.has_head:
         info = _without_pooler(model, info)
     _check_loaded(teacher, model, info)
+    _check_config(teacher, model)
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
 
@@ -432,6 +373,17 @@ def _check_loaded(teacher: Teacher, model: nn.Module, info: Mapping[str, Any]) -
             f"{type(model).__name__} that config.json describes",
             details=_some(left_over),
             fix="restore the config.json that belongs to these weights, or merge the adapter into the model",
+        )
+
+
+def _check_config(teacher: Teacher, model: nn.Module) -> None:
+    """The files may have changed since they were described; what was loaded must be what the identity says."""
+    changed = differing_fields(behaviour_config(teacher.config), behaviour_config(model.config))
+    if changed:
+        raise RefusedError(
+            f"teacher {teacher.source}: its config.json changed while it was in use (then → now)",
+            details=changed,
+            fix="put the original file back, and run the same command again",
         )
 
 
@@ -482,15 +434,24 @@ def _check_files(source: str, folder: Path) -> None:
 
 
 def _check_remote_code(source: str, folder: Path, trusted: bool) -> None:
+    from transformers import CONFIG_MAPPING
+
+    references = code_references(folder)
+    if trusted:
+        # What lies elsewhere is not in the digest of the code, and may change without a trace here.
+        outside = [name for name in references if not _is_inside(source, folder, name)]
+        if outside:
+            raise RefusedError(
+                f"teacher {source} takes Python code from outside its folder",
+                details={"auto_map": ", ".join(outside)},
+                fix="put the .py files into the folder, and name them in auto_map as file.Class",
+            )
+        return
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # AutoConfig says it better
-    if trusted or not raw.get("auto_map"):
-        return
-    from transformers import CONFIG_MAPPING
-
-    if raw.get("model_type") not in CONFIG_MAPPING:
+    if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         raise RefusedError(
             f"teacher {source} needs Python code that comes with the checkpoint",
             details={"auto_map": raw["auto_map"]},
@@ -498,11 +459,25 @@ def _check_remote_code(source: str, folder: Path, trusted: bool) -> None:
         )
 
 
+def _is_inside(source: str, folder: Path, reference: str) -> bool:
+    """Whether an entry of `auto_map` names a file of this very checkpoint."""
+    repository, dashes, reference = reference.rpartition("--")
+    if dashes and (repository != source or Path(source).is_dir()):
+        return False
+    parts = reference.partition(".")[0].split("/")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    # Files of a hub checkpoint arrive when they are needed; a folder has them or names something else.
+    return not Path(source).expanduser().is_dir() or Path(folder, *parts).with_suffix(".py").is_file()
+
+
 def _hub_folder(source: str) -> Path:
     from transformers.utils.hub import cached_file
 
     found = cached_file(source, "config.json")
     assert found is not None
+    # `auto_map` may stand in this one too.
+    cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     return Path(found).parent
 
 
@@ -515,15 +490,6 @@ def _unreadable(source: str, is_local: bool, error: Exception) -> RefusedError:
             fix="give a folder, or download it first where the hub can be reached",
         )
     return RefusedError(f"teacher {source} cannot be read", details=[first_line[:300]])
-
-
-def _code_digest(folder: Path) -> str:
-    """Digest of the Python files that come with a checkpoint."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Checkpoint(Student):
 
     def reads_teacher_tokens(self, teacher: TeacherFacts) -> bool:
         from ....pipeline.fingerprint import fingerprint
-        from ...cache_teacher.teacher import tokenizer_identity
+        from ...cache_teacher.identity import tokenizer_identity
 
         return fingerprint(tokenizer_identity(self.tokenizer)) == fingerprint(teacher.store.identity.tokenizer)
 

@@ -14,13 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from kd.pipeline.errors import RefusedError, UsageError
 from kd.stages.cache_teacher import teacher as teacher_module
-from kd.stages.cache_teacher.teacher import (
-    behaviour_config,
-    describe_teacher,
-    resolve_device,
-    tensor_digest,
-    tokenizer_identity,
-)
+from kd.stages.cache_teacher.identity import behaviour_config, tensor_digest, tokenizer_identity
+from kd.stages.cache_teacher.teacher import describe_teacher, resolve_device
 
 
 @pytest.fixture
@@ -232,13 +227,64 @@ def test_a_known_class_with_code_beside_it_runs_the_known_class(folder: Path) ->
     assert type(describe_teacher(str(folder)).load()).__module__.startswith("transformers.")
 
 
-def test_the_digest_of_trusted_code_is_part_of_the_identity(folder: Path) -> None:
-    assert "code" not in describe_teacher(str(folder)).identity()
-    (folder / "code.py").write_text("a = 1")
-    first = describe_teacher(str(folder), trust_remote_code=True).identity()
-    (folder / "code.py").write_text("a = 2")
-    second = describe_teacher(str(folder), trust_remote_code=True).identity()
-    assert first["code"] != second["code"]
+OWN_CLASS = (
+    "from transformers import BertForSequenceClassification\n\nclass Own(BertForSequenceClassification):\n    pass\n"
+)
+
+
+def with_code(folder: Path, reference: str = "own.Own") -> Path:
+    """The teacher, with a class of its own in own.py."""
+    edit_config(folder, auto_map={"AutoModelForSequenceClassification": reference})
+    (folder / "own.py").write_text(OWN_CLASS)
+    return folder
+
+
+def code_of(folder: Path, **options: Any) -> str | None:
+    return describe_teacher(str(folder), **options).identity(tensors="known").get("code")
+
+
+def test_trusted_code_is_part_of_the_identity_with_all_its_files(folder: Path) -> None:
+    with_code(folder)
+    assert code_of(folder) is None
+    digests = [code_of(folder, trust_remote_code=True)]
+    (folder / "parts" / "deep").mkdir(parents=True)
+    for file, content in (("own.py", OWN_CLASS + "#"), ("parts/deep/more.py", ""), ("parts/deep/more.py", "a = 1")):
+        (folder / file).write_text(content)
+        digests.append(code_of(folder, trust_remote_code=True))
+    (folder / "notes.txt").write_text("no code")
+    (folder / "parts" / "round").symlink_to(folder)
+    assert None not in digests and len(set(digests)) == 4
+    assert code_of(folder, trust_remote_code=True) == digests[-1]
+
+
+def test_trust_without_code_makes_no_other_teacher(folder: Path) -> None:
+    (folder / "unrelated.py").write_text("a = 1")
+    plain = describe_teacher(str(folder)).identity()
+    assert describe_teacher(str(folder), trust_remote_code=True).identity() == plain
+
+
+@pytest.mark.parametrize(
+    "reference", ["somebody/else--own.Own", "/tmp/own.Own", "missing.Own", "sub/missing.Own", "a b.C"]
+)
+def test_code_from_outside_the_folder_is_refused(folder: Path, reference: str) -> None:
+    with_code(folder, reference)
+    with pytest.raises(RefusedError, match="takes Python code from outside its folder") as caught:
+        describe_teacher(str(folder), trust_remote_code=True)
+    assert reference in str(caught.value)
+    edit_config(folder, auto_map=None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, reference]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(RefusedError, match="takes Python code from outside its folder"):
+        describe_teacher(str(folder), trust_remote_code=True)
+
+
+def test_a_config_that_changes_between_description_and_loading_is_refused(folder: Path) -> None:
+    teacher = describe_teacher(str(folder))
+    edit_config(folder, hidden_act="relu")
+    with pytest.raises(RefusedError, match="changed while it was in use") as caught:
+        teacher.load()
+    assert caught.value.details == ['hidden_act: "gelu" → "relu"']
 
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:
@@ -317,6 +363,7 @@ def test_the_config_identity_ignores_what_an_evaluated_model_ignores(folder: Pat
         id2label={"0": "x", "1": "y", "2": "z"},
         label2id={"x": 0, "y": 1, "z": 2},
         transformers_version="4.0.0",
+        position_embedding_type="absolute",
         layer_norm_eps=1e-12,
     )
     assert behaviour_config(describe_teacher(str(folder)).config) == before

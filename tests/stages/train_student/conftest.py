@@ -140,7 +140,7 @@ def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     from transformers import AutoTokenizer
 
     from kd.pipeline.store import StoreIdentity, StoreLayout, array_spec, create_or_open, parse_signals, write_view
-    from kd.stages.cache_teacher.teacher import tokenizer_identity
+    from kd.stages.cache_teacher.identity import tokenizer_identity
     from kd.stages.cache_teacher.tokenize import encode
     from kd.stages.corpus import DatasetSource, load_corpus
 
