@@ -25,6 +25,7 @@ COMMANDS = {
     "store verify": ".store.verify:VerifyStore",
     "store repair": ".store.repair:RepairStore",
     "store compact": ".store.compact:CompactStore",
+    "store gc": ".store.gc:CollectStore",
     "methods": ".listings:ListMethods",
     "students": ".listings:ListStudents",
     "signals": ".listings:ListSignals",

@@ -122,6 +122,17 @@ def _read_examples(folder: Path, columns: list[str] | None) -> pa.Table:
         ) from None
 
 
+def read_rows(folder: Path) -> IntArray:
+    """int64 [N] row numbers of a view, without opening its store; VerificationError when they cannot be read."""
+    joined = _read_examples(folder, ["row"])
+    if joined.column_names != ["row"] or joined.schema.field("row").type != pa.int64():
+        raise VerificationError(f"{folder / EXAMPLES} lacks the column row (int64)")
+    rows: IntArray = joined.column("row").to_numpy()
+    if rows.size and rows.min() < 0:
+        raise VerificationError(f"{folder / EXAMPLES} names row {int(rows.min())}")
+    return rows
+
+
 def write_view(
     path: str | os.PathLike[str],
     examples: pa.Table,

@@ -167,6 +167,8 @@ class CacheTeacher(Stage):
             if view.store.files.root.resolve() != Path(self.store).expanduser().resolve():
                 return f"its store is {view.store.url}, not {self.store}"
             view.check_coverage(self._signals)
+            if artifact.fingerprint not in {entry.fingerprint for entry in view.store.views()}:
+                return "the register of its store does not know it, so that its signals might be collected"
         except KdError as error:
             return error.what
         missing = missing_sidecars(view.store, parse_sidecars(self.sidecars))

@@ -2,6 +2,7 @@
 
     python kill_runs.py every-step FOLDER FIRST STRIDE    a kill before every STRIDE-th file operation
     python kill_runs.py compaction FOLDER FIRST STRIDE    the same while records are compacted
+    python kill_runs.py collection FOLDER FIRST STRIDE    the same while garbage is collected
     python kill_runs.py two-writers FOLDER ROUNDS SEED    two writers of one store, each killed at a random moment
 
 A fresh process forks cheaply and safely: nothing here starts threads.
@@ -24,7 +25,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import SPECS, capture, make_rows, tree
 
+from kd.pipeline.artifact import write_manifest
 from kd.pipeline.store import StoreIdentity, StoreLayout, create_or_open, open_store
+from kd.pipeline.store.gc import collect_garbage
 
 IDENTITY = StoreIdentity(teacher={"digest": "t"}, tokenizer={"digest": "k"}, capture={"max_length": 128})
 LAYOUT = StoreLayout(rows_per_shard=4, tokens_per_shard=32, chunk_bytes=32)
@@ -138,6 +141,47 @@ def compaction(top: Path, first: int, stride: int) -> None:
     print(f"{kills} kills, {step} steps")
 
 
+def collect(folder: Path) -> None:
+    """Signals that one of two views needs stay, the others go."""
+    collect_garbage(open_store(folder), delete=True)
+
+
+def collection(top: Path, first: int, stride: int) -> None:
+    os.fsync = lambda descriptor: None
+    begun = create_or_open(top / "begun", IDENTITY, LAYOUT)
+    shards = begun.allocate(*make_rows(12)).shards
+    capture(begun, SPECS[:2], shards[:-1])
+    compact(top / "begun")
+    capture(begun, SPECS, shards)
+    write_manifest(top / "view", {"kind": "view", "fingerprint": "a" * 32})
+    for letter, name, signals, of in (("a", "view", SPECS[1:3], shards[:2]), ("b", "gone", SPECS, shards)):
+        begun.enter_view(letter * 32, top / name, corpus={}, signals=signals, num_rows=3, shards=of)
+    begun.files.write("logits/c/77/0", [b"left by a killed process"])
+    shutil.copytree(top / "begun", top / "reference")
+    collect(top / "reference")
+    reference = open_store(top / "reference")
+    expected, digest = tree(top / "reference"), reference.digest()
+    assert reference.verify().ok and not reference.verify().unrecorded
+    step, kills = first, 0
+    while True:
+        folder = top / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(top / "begun", folder)
+        if wait(fork(partial(work_until, step, folder, collect))):
+            break
+        report = open_store(folder).verify()
+        assert report.ok, f"collection killed before step {step}: {report.problems}"
+        collect(folder)
+        assert open_store(folder).digest() == digest, f"collection killed before step {step}"
+        assert not (report := open_store(folder).verify()).unrecorded and report.ok
+        found = {name: data for name, data in tree(folder).items() if not name.startswith("commits/")}
+        differ = {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+        assert all(name.startswith("commits/") for name in differ), f"killed before step {step}: {differ}"
+        step, kills = step + stride, kills + 1
+    assert kills * stride > 20, "so few file operations cannot be all of them"
+    print(f"{kills} kills, {step} steps")
+
+
 def check_sound(folder: Path, step: int) -> None:
     """Between kill and rerun: what is committed is right, what is not is refused."""
     report = open_store(folder).verify()
@@ -178,5 +222,5 @@ def two_writers(top: Path, rounds: int, seed: int) -> None:
 
 if __name__ == "__main__":
     mode, folder, *numbers = sys.argv[1:]
-    modes = {"every-step": every_step, "compaction": compaction, "two-writers": two_writers}
+    modes = {"collection": collection, "every-step": every_step, "compaction": compaction, "two-writers": two_writers}
     modes[mode](Path(folder), *map(int, numbers))

@@ -1,0 +1,225 @@
+"""Garbage collection: what no standing view needs, and what killed processes left, goes; all else stays.
+
+Rows (token ids and index) are for good. A shard's signals go in an order that a kill at any moment leaves sound: a
+record of what stays, then the records it replaces, then the files that no record names any more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..artifact import kd_version, open_artifact
+from ..errors import RefusedError, VerificationError
+from . import sidecar
+from .compact import compact_records
+from .files import STAGING
+from .layout import INDEX, array_label, parse_shard_file
+from .records import Catalogue, FileRecord, Record, RecordReader, build_catalogue, live_files, require_none
+from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
+from .signal import Signal
+from .store import TeacherStore
+from .verify import unrecorded_files
+from .view import read_rows
+
+_INDEX_FILE = re.compile(rf"{INDEX}/[0-9]{{8}}\.parquet")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What no standing view needs.
+
+    Attributes:
+        kept: folders of the views that stand.
+        gone: views whose folders are not there any more, by fingerprint: the place that was entered last.
+        files: shard files of signals that go.
+        leftovers: (name, bytes) of files that a killed process left and no record names.
+        foreign: files that kd did not write; they stay.
+    """
+
+    kept: tuple[str, ...] = ()
+    gone: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[FileRecord, ...] = ()
+    leftovers: tuple[tuple[str, int], ...] = ()
+    foreign: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of all that goes."""
+        return sum(file.bytes for file in self.files) + sum(size for _, size in self.leftovers)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        signals: dict[str, Any] = {}
+        for path in sorted({file.spec.path for file in self.files}):
+            mine = [file for file in self.files if file.spec.path == path]
+            signals[array_label(path)] = {
+                "shards": to_ranges(file.shard for file in mine),
+                "bytes": sum(file.bytes for file in mine),
+            }
+        return {
+            "bytes": self.bytes,
+            "files": len(self.files) + len(self.leftovers),
+            "signals": signals,
+            "leftovers": [name for name, _ in self.leftovers],
+            "foreign": [*self.foreign],
+            "views_kept": [*self.kept],
+            "views_gone": [*self.gone.values()],
+        }
+
+
+def collect_garbage(
+    store: TeacherStore, *, keep_views: Sequence[str | os.PathLike[str]] = (), delete: bool = False
+) -> Garbage:
+    """Find what no standing view of a store needs, and take it away if asked to.
+
+    Processes that have a file mapped keep what they map. Captures go on: each entered its view first.
+
+    Args:
+        keep_views: folders of views that the register does not know, or knows elsewhere. They are entered into it.
+        delete: whether to take it away.
+
+    Raises:
+        RefusedError: a folder of `keep_views` is no view of this store; or everything would go.
+        VerificationError: the records or the register are damaged.
+    """
+    kept = [_view_at(store, folder) for folder in keep_views]
+    files = store.files
+    with files.lock():
+        reader = RecordReader(files, store.store_digest, store.layout)
+        records, problems = reader.read()
+        catalogue, contradictions = build_catalogue(records)
+        views, damaged = read_views(files, store.store_digest)
+        require_none([*problems, *contradictions, *damaged], store.url)
+        garbage = _find(store, catalogue, [*views, *kept])
+        if not delete:
+            return garbage
+        if garbage.files and not garbage.kept:
+            raise RefusedError(
+                f"no view of store {store.url} is left: all its signals would go, {garbage.bytes} bytes",
+                details=[f"gone: {place}" for place in garbage.gone.values()] or ["no view was ever entered"],
+                fix="name a view that is elsewhere with --keep-view; or delete the store's folder yourself",
+            )
+        for view in kept:
+            enter_view(files, store.store_digest, view)
+        _drop(store, reader, catalogue, garbage.files)
+        files.remove(*(name for name, _ in garbage.leftovers))
+        files.remove(*(f"views/{fingerprint}.json" for fingerprint in garbage.gone))
+        sidecar.sweep(files)
+        files.sweep()
+    return garbage
+
+
+def _view_at(store: TeacherStore, folder: str | os.PathLike[str]) -> RegisteredView:
+    artifact = open_artifact(Path(folder), kind="view")
+    content = artifact.content
+    if content.get("store_digest") != store.store_digest:
+        raise RefusedError(
+            f"view {folder} was not made of store {store.url}",
+            details=[f"it was made of the store at {content.get('store')}, relative to its folder"],
+            fix="give views of this store, or leave --keep-view out",
+        )
+    try:
+        signals = tuple(str(Signal.parse(signal)) for signal in content["signals"])
+        corpus = content["corpus"]
+        name, print_ = str(corpus.get("name", "")), str(corpus.get("fingerprint", ""))
+        rows = read_rows(Path(folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"the manifest of view {folder} is damaged: {error!r}") from None
+    shards = tuple(np.unique(rows // store.layout.rows_per_shard).tolist())
+    return RegisteredView(
+        artifact.fingerprint, (place_of(store.files, folder),), {"name": name, "fingerprint": print_}, signals,
+        len(rows), shards, kd_version(),
+    )  # fmt: skip
+
+
+def _find(store: TeacherStore, catalogue: Catalogue, views: Iterable[RegisteredView]) -> Garbage:
+    needed: dict[tuple[str, int | None], npt.NDArray[np.bool_]] = {}
+    standing: dict[str, str] = {}
+    gone: dict[str, str] = {}
+    for view in views:
+        place = view.found(store.files)
+        if place is None:
+            gone[view.fingerprint] = view.places[0][0]
+            continue
+        standing[view.fingerprint] = place
+        shards = [shard for shard in view.shards if shard < catalogue.num_shards]
+        for text in view.signals:
+            signal = Signal.parse(text)
+            # Whatever encoding the view was made with: its students may read another.
+            mask = needed.setdefault((signal.name, signal.layer), np.zeros(catalogue.num_shards, dtype=bool))
+            mask[shards] = True
+    inputs = {spec.path for spec in store.layout.input_specs}
+    nobody = np.zeros(catalogue.num_shards, dtype=bool)
+    unneeded = []
+    for path in sorted(catalogue.files.keys() - inputs):
+        signal = catalogue.specs[path].signal
+        mask = needed.get((signal.name, signal.layer), nobody)
+        unneeded += [file for shard, file in sorted(catalogue.files[path].items()) if not mask[shard]]
+    ours, foreign = [], []
+    for name in unrecorded_files(store, catalogue.records):
+        if name.startswith(f"{STAGING}/"):
+            continue  # may belong to a living process; swept by what no one holds
+        if _INDEX_FILE.fullmatch(name) or parse_shard_file(name) is not None:
+            ours.append((name, store.files.size(name)))
+        else:
+            foreign.append(name)
+    return Garbage(
+        tuple(standing.values()),
+        {print_: place for print_, place in gone.items() if print_ not in standing},
+        tuple(unneeded),
+        tuple(ours),
+        tuple(foreign),
+    )
+
+
+def _drop(store: TeacherStore, reader: RecordReader, catalogue: Catalogue, files: Sequence[FileRecord]) -> None:
+    """Take shard files away: a record of what stays first, the files themselves last. Hold the lock."""
+    going: dict[int, set[str]] = {}
+    for file in files:
+        going.setdefault(file.shard, set()).add(file.spec.path)
+    by_shard: dict[int, list[Record]] = {shard: [] for shard in going}
+    for record in catalogue.records:
+        if record.shard in by_shard and record.index is None:
+            by_shard[record.shard].append(record)
+    ended: list[Record] = []
+    for shard, records in by_shard.items():
+        replaced, new = _replacement(records, going[shard])
+        if new is not None:
+            store.files.create(new.file, new.encode())
+        ended += replaced
+    while ended:
+        # A record that supersedes another goes after it: alone, the other would hold again.
+        names = {record.digest for record in ended}
+        first = [record for record in ended if not names.intersection(record.supersedes)] or ended
+        compact_records(store.files, reader, drop={record.file.rpartition("/")[2] for record in first})
+        ended = [record for record in ended if record not in first]
+    store.files.remove(*(file.file for file in files))
+
+
+def _replacement(records: Sequence[Record], going: set[str]) -> tuple[list[Record], Record | None]:
+    """The records of a shard that end, and the one that says what stays of them; None when nothing does."""
+    related = {digest for record in records for digest in record.supersedes}
+    ended = [
+        record
+        for record in records
+        if any(file.spec.path in going for file in record.files)
+        # Those that supersede one another are only right together.
+        or (related and (record.supersedes or record.digest in related))
+    ]
+    live = {file.spec.path: file for record, file in live_files(records) if record in ended}
+    stays = tuple(file for path, file in sorted(live.items()) if path not in going)
+    if not stays:
+        return ended, None
+    old = ended[0]
+    return ended, Record(
+        old.store, old.shard, old.rows, old.tokens, stays, allocation=old.allocation,
+        supersedes=tuple(sorted(record.digest for record in ended)) if related else (),
+    )  # fmt: skip
