@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .plan import format_bytes, parse_bytes, plan_bytes, plan_shards, require_room
     from .reader import StoreReader
     from .records import Problem
-    from .signal import SIGNALS, ArraySpec, Signal, array_spec, parse_signals
+    from .signal import SIGNALS, ArraySpec, Signal, array_spec, array_specs, parse_signals
     from .store import Allocation, ShardRows, TeacherStore, create_or_open, open_store
     from .verify import VerifyReport, verify_store
     from .view import View, open_view, write_view
@@ -35,6 +35,7 @@ _HOME = {
     "VerifyReport": "verify",
     "View": "view",
     "array_spec": "signal",
+    "array_specs": "signal",
     "create_or_open": "store",
     "format_bytes": "plan",
     "open_store": "store",
@@ -52,6 +53,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - same order as above
     "Allocation", "ArraySpec", "Claim", "Problem", "SIGNALS", "ShardRows", "ShardWriter", "Signal",
     "StoreIdentity", "StoreLayout", "StoreReader", "TeacherStore", "VerifyReport", "View", "array_spec",
+    "array_specs",
     "create_or_open", "format_bytes", "open_store", "open_view", "parse_bytes", "parse_signals", "plan_bytes",
     "plan_shards", "require_room", "row_keys", "verify_store", "write_view",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import RefusedError, UsageError
 from ..fingerprint import differing_fields
-from .signal import SEGMENT_IDS, TOKEN_IDS, ArraySpec, Axis
+from .signal import ARRAY_NAMES, SEGMENT_IDS, TOKEN_IDS, ArraySpec, Axis
 
 STORE_FORMAT = "kd-store"
 STORE_VERSION = 1
@@ -138,7 +138,10 @@ class StoreLayout:
                     },
                 }
             ],
-            "attributes": {"kd": {"signal": str(spec.signal), "encoding": spec.encoding}},
+            "attributes": {
+                "kd": {"signal": str(spec.signal), "encoding": spec.encoding}
+                | ({"part": spec.part} if spec.part else {})
+            },
             "dimension_names": list(spec.dims),
             "zarr_format": 3,
             "node_type": "array",
@@ -147,9 +150,11 @@ class StoreLayout:
 
 
 def fill_value(spec: ArraySpec) -> npt.NDArray[Any]:
-    """What slots without a row read as: NaN, or the highest value of an id's dtype. A scalar array."""
+    """What slots without a row read as: NaN, the highest value of an id's dtype, or the code that int8 never uses."""
     dtype = np.dtype(spec.dtype)
-    return np.asarray(np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype=dtype)
+    if dtype.kind == "f":
+        return np.asarray(np.nan, dtype=dtype)
+    return np.asarray(np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max, dtype=dtype)
 
 
 def group_metadata() -> dict[str, Any]:
@@ -181,9 +186,10 @@ def parse_shard_file(name: str) -> tuple[str, int] | None:
 
 
 def array_label(path: str) -> str:
-    """An array for people: `hidden.tok@6` for `hidden.tok/06`."""
-    name, _, layer = path.partition("/")
-    return f"{name}@{int(layer)}" if layer else name
+    """An array for people: `hidden.tok@6` for `hidden.tok/06`, `hidden.tok@6:int8` for `hidden.tok.int8.scale/06`."""
+    folder, _, layer = path.partition("/")
+    name, encoding, _ = ARRAY_NAMES.get(folder, (folder, None, ""))
+    return name + (f"@{int(layer)}" if layer else "") + (f":{encoding}" if encoding else "")
 
 
 def index_file(shard: int) -> str:

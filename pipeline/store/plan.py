@@ -69,19 +69,18 @@ def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShar
 
 
 def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """Bytes on disk per signal, exactly.
+    """Bytes of shard files per signal (and encoding, where it is not the first), exactly.
 
     Args:
         specs: the arrays to write.
         shards: (rows, tokens) of each shard to be written.
     """
-    sizes = list(shards)
-    return {
-        str(spec.signal): sum(
+    sizes, planned = list(shards), dict[str, int]()
+    for spec in specs:
+        planned[spec.label] = planned.get(spec.label, 0) + sum(
             layout.file_bytes(spec, rows if spec.axis == "example" else tokens) for rows, tokens in sizes
         )
-        for spec in specs
-    }
+    return planned
 
 
 def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str], max_bytes: int | None = None) -> None:

@@ -11,6 +11,8 @@ import json
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +21,15 @@ import xxhash
 
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray
+from .codec import decode, decoded_dtype
 from .files import StoreFiles
 from .index import RowIndex
 from .keys import Keys
-from .layout import GROUP_FILE, StoreLayout
+from .layout import GROUP_FILE, StoreLayout, fill_value
 from .mapping import SUPPORTED, ShardMap
 from .records import HEAD_BYTES, Catalogue, FileRecord
 from .shard import decode_index, is_contiguous
-from .signal import ArraySpec, Signal
+from .signal import RAW, ArraySpec, Signal
 
 if TYPE_CHECKING:
     from .store import TeacherStore
@@ -60,7 +63,7 @@ def check_file(files: StoreFiles, file: FileRecord) -> str:
         else:
             return path
     raise VerificationError(
-        f"{file.spec.signal}, shard {file.shard}: {file.file} {what}",
+        f"{file.spec.label}, shard {file.shard}: {file.file} {what}",
         fix=f"see all damage with: kd store verify {files.url}",
     )
 
@@ -106,13 +109,13 @@ def _read_through_zarr(files: StoreFiles, layout: StoreLayout, file: FileRecord,
         values = np.asarray(array[file.shard * capacity : file.shard * capacity + entries])
     except Exception as error:  # whatever a codec raises on bytes that are not its own
         raise VerificationError(
-            f"{spec.signal}, shard {file.shard}: {file.file} cannot be read through zarr: {error}",
+            f"{spec.label}, shard {file.shard}: {file.file} cannot be read through zarr: {error}",
             fix=f"see all damage with: kd store verify {files.url}",
         ) from error
     # Zarr reads an absent chunk as fill values without a word, and no stored entry is one.
-    absent = np.isnan(values) if values.dtype.kind == "f" else values == np.iinfo(values.dtype).max
+    absent = np.isnan(values) if values.dtype.kind == "f" else values == fill_value(spec)
     if values.shape != (entries, *spec.shape) or values.dtype != spec.dtype or absent.any():
-        raise VerificationError(f"{spec.signal}, shard {file.shard}: {file.file} lacks some of its {entries} entries")
+        raise VerificationError(f"{spec.label}, shard {file.shard}: {file.file} lacks some of its {entries} entries")
     return values
 
 
@@ -138,8 +141,6 @@ class _Array:
         self._files, self._layout = files, layout
         self._records = catalogue.files[spec.path]
         self._entries = {shard: catalogue.allocations[shard].entries(spec) for shard in self._records}
-        self.present = catalogue.present(spec)
-        self.complete = bool(self.present.all())
         self.map = self._mapped(catalogue.num_shards) if SUPPORTED else None
         self._cache: OrderedDict[int, Array] = OrderedDict()
         self._lock = threading.Lock()
@@ -174,27 +175,108 @@ class _Array:
                 self._cache.popitem(last=False)
         return values
 
+    def take(self, shards: IntArray, slots: IntArray, out: Array | None = None) -> Array:
+        """[B, ...] entries of the example axis, as stored."""
+        values = np.empty((len(shards), *self.spec.shape), self.spec.dtype) if out is None else out
+        if self.map is not None:
+            np.take(self.map.values, shards * self.map.stride + slots, axis=0, out=values, mode="clip")
+        else:
+            for shard in np.unique(shards).tolist():
+                mine = shards == shard
+                values[mine] = self.shard(shard)[slots[mine]]
+        return values
+
+    def take_tokens(self, shards: IntArray, starts: IntArray, lengths: IntArray, out: Array | None = None) -> Array:
+        """[B, T, ...] entries of the token axis, as stored; zeros after a row's end."""
+        width = int(lengths.max()) if len(lengths) else 0
+        values = np.empty((len(shards), width, *self.spec.shape), self.spec.dtype) if out is None else out
+        if self.map is not None:
+            columns = np.arange(width)
+            positions = (shards * self.map.stride + starts)[:, None] + columns
+            np.putmask(positions, columns >= lengths[:, None], len(self.map.values) - 1)
+            np.take(self.map.values, positions, axis=0, out=values, mode="clip")
+        else:
+            values[...] = 0
+            for shard in np.unique(shards).tolist():
+                for row in np.flatnonzero(shards == shard).tolist():
+                    start, length = int(starts[row]), int(lengths[row])
+                    values[row, :length] = self.shard(shard)[start : start + length]
+        return values
+
+
+class _Stored:
+    """A signal as a reader gives it: each shard from the most exact of the encodings that it has there.
+
+    Every number of a row is then the same in any batch. All come in one dtype, float32 unless all are float16.
+    """
+
+    def __init__(self, encodings: Sequence[Sequence[_Array]], choice: npt.NDArray[np.int8]) -> None:
+        self.encodings, self.choice = encodings, choice
+        self.complete = bool((choice >= 0).all())
+        self.spec = encodings[0][0].spec
+        dtypes = {_dtype(arrays[0].spec) for arrays in encodings}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def fill(self, out: Array, shards: IntArray, take: Callable[[_Array, Any, Array | None], Array]) -> Array:
+        """Put the numbers of some rows into `out`.
+
+        Args:
+            take: entries as stored: of an array, of the rows a mask or slice selects, perhaps into given memory.
+        """
+        used = self.choice[shards] if len(self.encodings) > 1 else None
+        for number, arrays in enumerate(self.encodings):
+            mine: Any = slice(None) if used is None else used == number
+            if used is not None and not mine.any():
+                continue
+            spec = arrays[0].spec
+            if used is None and len(arrays) == 1:
+                take(arrays[0], mine, out)
+                continue
+            parts = {array.spec.part: take(array, mine, None) for array in arrays}
+            if used is None:
+                decode(spec.encoding, parts, out)
+                continue
+            values = decode(spec.encoding, parts)
+            # Of token signals, these rows may all be shorter than the longest of the batch.
+            if spec.axis == "token":
+                padded = np.zeros((len(values), *out.shape[1:]), out.dtype)
+                padded[:, : values.shape[1]] = values
+                values = padded
+            out[mine] = values
+        return out
+
+
+def _dtype(spec: ArraySpec) -> str:
+    return spec.dtype if spec.encoding == RAW else decoded_dtype(spec.encoding)
+
 
 class StoreReader:
     """Gathers batches of rows. A snapshot: sees what was committed when it was made.
 
     Safe to use from several threads, and to hand to other processes (it opens the store again there).
+
+    A signal may be asked for in one encoding (`hidden.tok@6:int8`); else each shard gives its most exact one.
+
+    Args:
+        store: to read.
+        encodings: of signals that are asked for without one.
     """
 
-    def __init__(self, store: TeacherStore) -> None:
-        self._store = store
+    def __init__(self, store: TeacherStore, encodings: Mapping[Signal, str] | None = None) -> None:
+        self._store, self._encodings = store, dict(encodings or {})
         self.files, self.layout = store.files, store.layout
         self.catalogue: Catalogue = store.catalogue()
         self.index = RowIndex(self.files, self.layout, self.catalogue.allocations)
         self._arrays: dict[str, _Array] = {}
+        self._stored: dict[str, _Stored] = {}
         self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return StoreReader, (self._store,)
+        return StoreReader, (self._store, self._encodings)
 
     def spec(self, signal: Signal | str) -> ArraySpec:
-        """How a signal is stored; RefusedError when no shard holds it."""
-        return self._array(signal).spec
+        """How a signal is stored, in the most exact of its encodings; RefusedError when no shard holds it."""
+        return self._open(signal).spec
 
     def lengths(self, rows: npt.ArrayLike) -> IntArray:
         """int64 [B] number of tokens of each row."""
@@ -210,12 +292,10 @@ class StoreReader:
         """[B] whether the signal is captured for each row."""
         rows_B = _row_numbers(rows)
         shards, _, _ = self.index.locate(rows_B)
-        signal = Signal.parse(signal) if isinstance(signal, str) else signal
-        spec = self.catalogue.specs.get(signal.path)
-        return np.zeros(len(rows_B), dtype=bool) if spec is None else self.catalogue.present(spec)[shards]
+        return self.catalogue.choice(self.catalogue.stored(self._asked(signal)))[shards] >= 0
 
     def gather(self, signal: Signal | str, rows: npt.ArrayLike, *, out: Array | None = None) -> Array:
-        """[B, ...] one entry per row of an example-axis signal, in the stored dtype; a copy.
+        """[B, ...] one entry per row of an example-axis signal, in the stored dtype (int8: float32); a copy.
 
         Args:
             out: memory to use, as in `gather_tokens`.
@@ -223,19 +303,13 @@ class StoreReader:
         Raises:
             RefusedError: a row that the store does not have, or whose shard was not captured for this signal.
         """
-        array = self._array(signal, "example")
+        stored = self._open(signal, "example")
         rows_B = _row_numbers(rows)
         shards, _, _ = self.index.locate(rows_B)
-        self._require(array, shards)
+        self._require(stored, signal, shards)
         slots = rows_B - shards * self.layout.rows_per_shard
-        values = _memory(out, (len(rows_B), *array.spec.shape), array.spec.dtype)
-        if array.map is not None:
-            np.take(array.map.values, shards * array.map.stride + slots, axis=0, out=values, mode="clip")
-        else:
-            for shard in np.unique(shards).tolist():
-                mine = shards == shard
-                values[mine] = array.shard(shard)[slots[mine]]
-        return values
+        values = _memory(out, (len(rows_B), *stored.spec.shape), stored.dtype)
+        return stored.fill(values, shards, lambda array, mine, out: array.take(shards[mine], slots[mine], out))
 
     def gather_tokens(
         self,
@@ -251,69 +325,78 @@ class StoreReader:
         Args:
             max_tokens: keep at most this many leading tokens of a row.
             pad_value: what follows the last token of a row.
-            out: memory to use instead of allocating: a contiguous array of the stored dtype with at least as many
+            out: memory to use instead of allocating: a contiguous array of the result's dtype with at least as many
                 numbers as the result, whatever its shape. The result is its beginning.
 
         Returns:
-            (values [B, T, ...] in the stored dtype, lengths int64 [B]); T is the longest of the rows.
+            (values [B, T, ...] in the stored dtype (int8: float32), lengths int64 [B]); T is the longest of the rows.
 
         Raises:
             RefusedError: as `gather`.
         """
-        array = self._array(signal, "token")
+        stored = self._open(signal, "token")
         rows_B = _row_numbers(rows)
         shards, starts, lengths = self.index.locate(rows_B)
-        self._require(array, shards)
+        self._require(stored, signal, shards)
         if max_tokens is not None:
             lengths = np.minimum(lengths, max_tokens)
         width = int(lengths.max()) if len(lengths) else 0
-        values = _memory(out, (len(rows_B), width, *array.spec.shape), array.spec.dtype)
-        columns = np.arange(width)
-        padding = columns >= lengths[:, None]
-        if array.map is not None:
-            positions = (shards * array.map.stride + starts)[:, None] + columns
-            np.putmask(positions, padding, len(array.map.values) - 1)
-            np.take(array.map.values, positions, axis=0, out=values, mode="clip")
-            if pad_value:
-                values[padding] = pad_value
-        else:
-            values[padding] = pad_value
-            for shard in np.unique(shards).tolist():
-                for row in np.flatnonzero(shards == shard).tolist():
-                    start, length = int(starts[row]), int(lengths[row])
-                    values[row, :length] = array.shard(shard)[start : start + length]
+        values = _memory(out, (len(rows_B), width, *stored.spec.shape), stored.dtype)
+        stored.fill(
+            values,
+            shards,
+            lambda array, mine, out: array.take_tokens(shards[mine], starts[mine], lengths[mine], out),
+        )
+        if pad_value:
+            values[np.arange(width) >= lengths[:, None]] = pad_value
         return values, lengths
 
-    def _array(self, signal: Signal | str, axis: str | None = None) -> _Array:
-        array = self._arrays.get(str(signal))
-        if array is None:
-            signal = Signal.parse(signal) if isinstance(signal, str) else signal
-            spec = self.catalogue.specs.get(signal.path)
-            if spec is None:
-                held = sorted(str(spec.signal) for spec in self.catalogue.specs.values())
+    def _asked(self, signal: Signal | str) -> Signal:
+        signal = Signal.parse(signal) if isinstance(signal, str) else signal
+        encoding = self._encodings.get(signal)
+        return signal if encoding is None else replace(signal, encoding=encoding)
+
+    def _open(self, signal: Signal | str, axis: str | None = None) -> _Stored:
+        stored = self._stored.get(str(signal))
+        if stored is None:
+            asked = self._asked(signal)
+            groups = self.catalogue.stored(asked)
+            choice = self.catalogue.choice(groups)
+            # Encodings that no shard is read in are left closed.
+            used = [number for number in range(len(groups)) if (choice == number).any()]
+            if not used:
+                held = sorted({spec.label for spec in self.catalogue.specs.values()})
                 raise RefusedError(
-                    f"store {self.files.url} holds no {signal}",
+                    f"store {self.files.url} holds no {asked}",
                     details=[f"captured: {', '.join(held) or 'nothing'}"],
-                    fix=f"run kd cache-teacher with --signals {signal}",
+                    fix=f"run kd cache-teacher with --signals {asked}",
                 )
             with self._opening:
-                array = self._arrays.get(str(signal)) or _Array(self, spec)
-                self._arrays[str(signal)] = array
-        if axis is not None and array.spec.axis != axis:
-            method = "gather_tokens" if array.spec.axis == "token" else "gather"
-            raise RefusedError(f"{signal} has one entry per {array.spec.axis}", fix=f"use {method}")
-        return array
+                encodings = [[self._array(spec) for spec in groups[number]] for number in used]
+                renumbered = np.full(len(choice), -1, dtype=np.int8)
+                for new, old in enumerate(used):
+                    renumbered[choice == old] = new
+                stored = self._stored[str(signal)] = _Stored(encodings, renumbered)
+        if axis is not None and stored.spec.axis != axis:
+            method = "gather_tokens" if stored.spec.axis == "token" else "gather"
+            raise RefusedError(f"{signal} has one entry per {stored.spec.axis}", fix=f"use {method}")
+        return stored
 
-    def _require(self, array: _Array, shards: IntArray) -> None:
-        if array.complete:
+    def _array(self, spec: ArraySpec) -> _Array:
+        if spec.path not in self._arrays:
+            self._arrays[spec.path] = _Array(self, spec)
+        return self._arrays[spec.path]
+
+    def _require(self, stored: _Stored, signal: Signal | str, shards: IntArray) -> None:
+        if stored.complete:
             return
-        present = array.present[shards]
+        present = stored.choice[shards] >= 0
         if not present.all():
             missing = np.unique(shards[~present]).tolist()
             raise RefusedError(
-                f"{array.spec.signal} was not captured for {int((~present).sum())} of {len(shards)} rows "
+                f"{self._asked(signal)} was not captured for {int((~present).sum())} of {len(shards)} rows "
                 f"(shard{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:10]))})",
-                fix=f"run kd cache-teacher with --signals {array.spec.signal}: it captures what is missing",
+                fix=f"run kd cache-teacher with --signals {self._asked(signal)}: it captures what is missing",
             )
 
 

@@ -27,7 +27,7 @@ from ..fingerprint import canonical_json
 from .compacted import COMPACTED_NAME, MAX_RECORD_BYTES, decode_compacted, digest_of
 from .files import SMALL_FILE_BYTES, Buffer, StoreFiles
 from .layout import COMMITS, MAX_SHARDS, RECORD_NAME, StoreLayout, index_file, record_file, shard_file
-from .signal import SEGMENT_IDS, TOKEN_IDS, ArraySpec, Signal
+from .signal import ENCODINGS, RAW, SEGMENT_IDS, TOKEN_IDS, ArraySpec, Signal
 
 RECORD_FORMAT = 1
 HEAD_BYTES = 4096
@@ -233,7 +233,7 @@ def _decode_canonical(data: bytes, shard: int, store: str, layout: StoreLayout) 
     ):
         return None
     inputs = _input_arrays(layout)
-    files, names, with_inputs = [], [], False
+    files, names, with_inputs, together = [], [], False, set[str]()
     for item in arrays.split("},{"):
         said = _CANONICAL_ARRAY.fullmatch(item)
         if said is None:
@@ -247,7 +247,8 @@ def _decode_canonical(data: bytes, shard: int, store: str, layout: StoreLayout) 
         files.append(file)
         names.append(name)
         with_inputs = with_inputs or array in _INPUT_PATHS
-    if names != sorted(names):
+        together.update(stored.parts)
+    if names != sorted(names) or (together and not together <= {file.spec.path for file in files}):
         return None
     if content is not None:
         if tuple(file.spec for file in files) != inputs:
@@ -264,6 +265,8 @@ class _StoredAs(NamedTuple):
     before: str
     after: str
     """The name of a shard file is `before`, the shard's number, `after`."""
+    parts: tuple[str, ...]
+    """Arrays that a record names together or not at all; none where it is one."""
 
 
 @lru_cache(maxsize=4096)
@@ -280,10 +283,10 @@ def _stored_as(array: str, dtype: str, encoding: str, shape: str) -> _StoredAs |
     except ValueError:
         return None
     before, _, after = shard_file(spec.path, len(spec.shape), 0).rpartition("/c/0")
-    return _StoredAs(spec, f"{before}/c/", after) if spec.to_json() == item else None
+    return _StoredAs(spec, f"{before}/c/", after, _parts(spec)) if spec.to_json() == item else None
 
 
-_INPUT_PATHS = (TOKEN_IDS.path, SEGMENT_IDS.path)
+_INPUT_PATHS = (TOKEN_IDS.name, SEGMENT_IDS.name)
 
 
 @lru_cache(maxsize=64)
@@ -330,6 +333,8 @@ def _decode_json(data: bytes, its_shard: int, store: str, layout: StoreLayout) -
         if any(file.spec in layout.input_specs for file in files):
             raise ValueError("only the first record of a shard names token_ids and segment_ids")
         supersedes = tuple(checked.digests("supersedes"))
+        if not supersedes:
+            _require_whole(files)
     record = Record(store, shard, rows, tokens, files, index, allocation, supersedes)
     if record.encode() != data:
         raise ValueError("it is not written as kd writes records")
@@ -341,7 +346,7 @@ def _decode_file(item: Any, shard: int) -> FileRecord:
     spec = _decode_spec(item)
     file = FileRecord(spec, shard, said.number("bytes", 1 << 50), said.digest("xxh3_128"), said.digest("head"))
     if said.text("file") != file.file:
-        raise ValueError(f"{spec.signal} of shard {shard} is {file.file}, got {said.text('file')!r}")
+        raise ValueError(f"{spec.label} of shard {shard} is {file.file}, got {said.text('file')!r}")
     return file
 
 
@@ -351,10 +356,24 @@ def _decode_spec(item: Any) -> ArraySpec:
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise ValueError(f"'shape' must be a list of numbers, got {shape!r}")
     try:
-        signal = Signal.from_path(said.text("array"))
-        return ArraySpec(signal, tuple(shape), said.text("dtype"), said.text("encoding"))
+        return ArraySpec.at(said.text("array"), tuple(shape), said.text("dtype"), said.text("encoding"))
     except KdError as error:
         raise ValueError(error.what) from None
+
+
+def _require_whole(files: Sequence[FileRecord]) -> None:
+    """ValueError unless a record names all arrays of an encoding or none: one alone cannot be read."""
+    named = {file.spec.path for file in files}
+    for file in files:
+        for path in _parts(file.spec):
+            if path not in named:
+                raise ValueError(f"it names {file.spec.path} without {path}")
+
+
+def _parts(spec: ArraySpec) -> tuple[str, ...]:
+    """Paths of all arrays of an encoding that has several."""
+    parts = ENCODINGS[spec.encoding].parts if spec.encoding in ENCODINGS else ()
+    return tuple(map(spec.sibling, parts)) if len(parts) > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -422,6 +441,28 @@ class Catalogue:
         mask = np.zeros(self.num_shards, dtype=bool)
         mask[list(self.files.get(spec.path, {}))] = True
         return mask
+
+    def stored(self, signal: Signal) -> list[tuple[ArraySpec, ...]]:
+        """The encodings that at least one shard holds of a signal (or the one that it names), the most exact first.
+
+        Each as its arrays, the one that stands for the signal first.
+        """
+        found: dict[str, list[ArraySpec]] = {}
+        for spec in self.specs.values():
+            if spec.signal == signal.bare and signal.encoding in (None, spec.encoding):
+                found.setdefault(spec.encoding, []).append(spec)
+        order = [*ENCODINGS, RAW]
+        return [
+            tuple(sorted(found[encoding], key=lambda spec: spec.part)) for encoding in sorted(found, key=order.index)
+        ]
+
+    def choice(self, stored: Sequence[tuple[ArraySpec, ...]]) -> npt.NDArray[np.int8]:
+        """int8 [num_shards] which of these encodings to read each shard in: the first it holds, -1 for none."""
+        choice = np.full(self.num_shards, -1, dtype=np.int8)
+        for number in reversed(range(len(stored))):
+            held = np.logical_and.reduce([self.present(spec) for spec in stored[number]])
+            choice[held] = number
+        return choice
 
     def digest_entries(self) -> list[list[Any]]:
         """What the store's digest is over: contents, not how they were split into commits."""
@@ -674,12 +715,12 @@ def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]
         if file.spec is not spec and file.spec != spec:
             problems.append(
                 Problem(
-                    file.shard, str(spec.signal), record.file,
+                    file.shard, spec.label, record.file,
                     f"stored as {_said(file.spec)} here and as {_said(spec)} in other shards",
                 )
             )  # fmt: skip
         elif (other := others.setdefault(file.shard, file)) is not file and other != file:
-            problems.append(Problem(file.shard, str(spec.signal), record.file, "two records name different contents"))
+            problems.append(Problem(file.shard, spec.label, record.file, "two records name different contents"))
     return Catalogue(allocations, files, specs, tuple(kept)), problems
 
 

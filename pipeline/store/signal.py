@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UsageError, near_match
@@ -46,15 +46,39 @@ INPUTS: Mapping[str, SignalKind] = {
 }
 """What the teacher reads. Written when rows are allocated, so they cannot be asked for."""
 
-FLOAT_DTYPES = ("float16", "float32")
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the numbers of a teacher output are kept; `codec.py` does it.
+
+    Attributes:
+        parts: the arrays it takes, name → dtype. "" is the one that stands for the signal; the others have one number
+            per entry.
+        error: the largest difference from the teacher's number x, for people.
+    """
+
+    parts: Mapping[str, str]
+    error: str
+
+
+ENCODINGS: Mapping[str, Encoding] = {
+    "float32": Encoding({"": "float32"}, "none"),
+    "float16": Encoding({"": "float16"}, "|x|/2048 (3e-8 below 6e-5)"),
+    "int8": Encoding({"": "int8", "scale": "float32"}, "largest |x| of the row or token / 254"),
+}
+"""Encodings by name, the most exact first."""
+
+RAW = "raw"
+"""The encoding of what the teacher reads: the numbers themselves."""
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal of one layer: `logits`, `hidden.tok@6`."""
+    """A signal of one layer, in any encoding or in one: `logits`, `hidden.tok@6`, `hidden.tok@6:int8`."""
 
     name: str
     layer: int | None = None
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
         kind = self.kind
@@ -63,6 +87,8 @@ class Signal:
             raise UsageError(f"signal {self.name!r} is written {wanted}, got {self}")
         if self.layer is not None and not 0 <= self.layer <= 999:
             raise UsageError(f"signal {self}: layers are numbered 0 (the embedding output) to 999")
+        if self.encoding is not None and (self.name in INPUTS or self.encoding not in ENCODINGS):
+            raise UsageError(f"signal {self}: unknown encoding {self.encoding!r}{near_match(self.encoding, ENCODINGS)}")
 
     @property
     def kind(self) -> SignalKind:
@@ -73,47 +99,51 @@ class Signal:
         return kind
 
     @property
-    def path(self) -> str:
-        """Where its array is inside the store: `logits`, `hidden.tok/06`."""
-        return self.name if self.layer is None else f"{self.name}/{self.layer:02d}"
+    def bare(self) -> Signal:
+        """It in any encoding."""
+        return self if self.encoding is None else Signal(self.name, self.layer)
 
     @classmethod
     def parse(cls, text: str) -> Signal:
         """One signal from its written form (`str(signal)`).
 
-        >>> Signal.parse("hidden.tok@6")
-        Signal(name='hidden.tok', layer=6)
+        >>> Signal.parse("hidden.tok@6:int8")
+        Signal(name='hidden.tok', layer=6, encoding='int8')
         """
-        name, at, layer = text.partition("@")
+        place, colon, encoding = text.partition(":")
+        name, at, layer = place.partition("@")
         if at and not re.fullmatch(r"[0-9]{1,3}", layer):
             raise UsageError(f"signal {text!r}: expected one layer number after @, got {layer!r}")
-        return cls(name, int(layer) if at else None)
-
-    @classmethod
-    def from_path(cls, path: str) -> Signal:
-        """The signal whose array is at `path`; ValueError for any other path."""
-        match = re.fullmatch(r"([a-z_.]{1,40})(?:/([0-9]{2,3}))?", path)
-        try:
-            if match:
-                signal = cls(match[1], None if match[2] is None else int(match[2]))
-                if signal.path == path:
-                    return signal
-        except UsageError:
-            pass
-        raise ValueError(f"no signal lives at {path!r}")
+        return cls(name, int(layer) if at else None, encoding if colon else None)
 
     def __str__(self) -> str:
-        return self.name if self.layer is None else f"{self.name}@{self.layer}"
+        place = self.name if self.layer is None else f"{self.name}@{self.layer}"
+        return place if self.encoding is None else f"{place}:{self.encoding}"
 
+
+def _array_names() -> dict[str, tuple[str, str | None, str]]:
+    names: dict[str, tuple[str, str | None, str]] = {name: (name, None, "") for name in INPUTS}
+    for name in SIGNALS:
+        for encoding, kind in ENCODINGS.items():
+            for part in kind.parts:
+                suffix = f".{part}" if part else ""
+                names[name + suffix] = (name, None, part)
+                names[f"{name}.{encoding}{suffix}"] = (name, encoding, part)
+    return names
+
+
+ARRAY_NAMES: Mapping[str, tuple[str, str | None, str]] = _array_names()
+"""First component of an array's path → name of the signal, encoding (None: the signal's first) and part."""
 
 TOKEN_IDS = Signal("token_ids")
 SEGMENT_IDS = Signal("segment_ids")
 
 
 def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
-    """The signals a list like `logits,hidden.cls@all,hidden.tok@4+6` names, in order, each once.
+    """The signals a list like `logits,hidden.cls@all,hidden.tok@4+6:int8` names, in order, each once.
 
-    Layers: `@6`, `@4+6`, `@1-12`, `@all` (0 to num_layers), `@last`; 0 is the embedding output.
+    Layers: `@6`, `@4+6`, `@1-12`, `@all` (0 to num_layers), `@last`; 0 is the embedding output. `:ENCODING` at the end
+    of an item asks for that encoding of all its layers; the same signal may be asked for in several.
 
     Args:
         num_layers: of the teacher; the highest layer there is.
@@ -126,7 +156,10 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
     """
     signals: dict[Signal, None] = {}
     for item in text.split(","):
-        name, at, layers = (part.strip() for part in item.partition("@"))
+        place, colon, encoding = (part.strip() for part in item.partition(":"))
+        name, at, layers = (part.strip() for part in place.partition("@"))
+        if colon and encoding not in ENCODINGS:
+            raise UsageError(f"{item.strip()!r}: unknown encoding {encoding!r}{near_match(encoding, ENCODINGS)}")
         if not name:
             raise UsageError(f"empty signal name in {text!r}", fix="name signals like logits,hidden.tok@4+6")
         if name in INPUTS:
@@ -136,12 +169,12 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
         if not SIGNALS[name].per_layer:
             if at:
                 raise UsageError(f"signal {name!r} has no layers, got {item.strip()!r}", fix=f"write {name}")
-            signals[Signal(name)] = None
+            signals[Signal(name, None, encoding or None)] = None
             continue
         if not at:
             raise UsageError(f"signal {name!r} needs a layer", fix=f"write {name}@last, {name}@all or {name}@4+6")
         for layer in _parse_layers(layers, num_layers, item.strip()):
-            signals[Signal(name, layer)] = None
+            signals[Signal(name, layer, encoding or None)] = None
     return tuple(signals)
 
 
@@ -166,29 +199,66 @@ def _parse_layers(text: str, num_layers: int, item: str) -> list[int]:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """How one signal is stored.
+    """One array of a store: a signal in one encoding, or a part of it.
 
     Attributes:
-        signal: which.
-        shape: of one entry (the trailing dimensions): `(num_labels,)`, `(hidden_size,)`, `()` for ids.
-        dtype: "float16", "float32", "uint8", "uint16" or "uint32"; little endian on disk.
-        encoding: how values become the stored dtype; "raw" is a plain cast.
+        signal: which, without an encoding.
+        shape: of one entry (the trailing dimensions): `(num_labels,)`, `(hidden_size,)`, `()` for ids and scales.
+        dtype: "int8", "float16", "float32", "uint8", "uint16" or "uint32"; little endian on disk.
+        encoding: one of `ENCODINGS`, or "raw" for what the teacher reads; left out, plain numbers of `dtype`.
+        part: of the encoding; "" is the array that stands for the signal.
+        plain: whether the signal's encoding is its first in the store, which has the plain path.
     """
 
     signal: Signal
     shape: tuple[int, ...]
     dtype: str
-    encoding: str = "raw"
+    encoding: str = ""
+    part: str = ""
+    plain: bool = True
 
     def __post_init__(self) -> None:
-        dtypes = FLOAT_DTYPES if self.signal.name in SIGNALS else ("uint8", "uint16", "uint32")
-        if self.dtype not in dtypes:
-            raise UsageError(f"signal {self.signal} cannot be stored as {self.dtype!r}{near_match(self.dtype, dtypes)}")
-        if len(self.shape) != len(self.signal.kind.dims) or not all(1 <= size <= 1 << 24 for size in self.shape):
-            dims = ", ".join(self.signal.kind.dims)
-            raise UsageError(f"signal {self.signal} has entries of shape [{dims}], got {list(self.shape)}")
-        if self.encoding != "raw":
-            raise UsageError(f"signal {self.signal}: unknown encoding {self.encoding!r} (known: raw)")
+        assert self.signal.encoding is None, "a spec names its encoding in its own field"
+        is_input = self.signal.name in INPUTS
+        if not self.encoding:
+            object.__setattr__(self, "encoding", RAW if is_input else self.dtype)
+            if not is_input and self.encoding not in ENCODINGS:
+                raise UsageError(
+                    f"signal {self.signal} cannot be stored as {self.dtype!r}{near_match(self.dtype, ENCODINGS)}"
+                )
+        known = (RAW,) if is_input else tuple(ENCODINGS)
+        if self.encoding not in known:
+            raise UsageError(f"signal {self.signal}: unknown encoding {self.encoding!r} (known: {', '.join(known)})")
+        parts = {"": ("uint8", "uint16", "uint32")} if is_input else self._dtypes
+        if self.dtype not in parts.get(self.part, ()):
+            raise UsageError(f"signal {self.signal} cannot be stored as {self.dtype!r} by encoding {self.encoding}")
+        dims = self.dims[1:]
+        if len(self.shape) != len(dims) or not all(1 <= size <= 1 << 24 for size in self.shape):
+            raise UsageError(f"signal {self.signal} has entries of shape [{', '.join(dims)}], got {list(self.shape)}")
+
+    @property
+    def _dtypes(self) -> dict[str, tuple[str, ...]]:
+        return {part: (dtype,) for part, dtype in ENCODINGS[self.encoding].parts.items()}
+
+    @classmethod
+    def at(cls, path: str, shape: tuple[int, ...], dtype: str, encoding: str) -> ArraySpec:
+        """The spec of the array at `path`.
+
+        Raises:
+            ValueError: no array of a store is there.
+            UsageError: one is, and it looks otherwise.
+        """
+        match = re.fullmatch(r"([a-z0-9_.]{1,60})(?:/([0-9]{2,3}))?", path)
+        if match is None or match[1] not in ARRAY_NAMES:
+            raise ValueError(f"no signal lives at {path!r}")
+        name, asked, part = ARRAY_NAMES[match[1]]
+        if (SIGNALS.get(name) or INPUTS[name]).per_layer != (match[2] is not None):
+            raise ValueError(f"no signal lives at {path!r}")
+        signal = Signal(name, None if match[2] is None else int(match[2]))
+        spec = cls(signal, shape, dtype, encoding, part, plain=asked is None)
+        if spec.path != path:
+            raise ValueError(f"no signal lives at {path!r} in encoding {encoding}")
+        return spec
 
     @property
     def axis(self) -> Axis:
@@ -197,18 +267,33 @@ class ArraySpec:
 
     @property
     def path(self) -> str:
-        """Of the array inside the store."""
-        return self.signal.path
+        """Of the array inside the store: `logits`, `hidden.tok/06`, `hidden.tok.int8.scale/06`."""
+        return self.sibling(self.part)
+
+    def sibling(self, part: str) -> str:
+        """Path of another part of the same encoding of the signal."""
+        names = [self.signal.name, *([] if self.plain else [self.encoding]), *([part] if part else [])]
+        return ".".join(names) + ("" if self.signal.layer is None else f"/{self.signal.layer:02d}")
+
+    @property
+    def encoded(self) -> Signal:
+        """The signal with this encoding; as it is for what the teacher reads."""
+        return self.signal if self.encoding == RAW else replace(self.signal, encoding=self.encoding)
+
+    @property
+    def label(self) -> str:
+        """The signal for people, with its encoding where that is not the first: `hidden.tok@6`, `hidden.tok@6:int8`."""
+        return str(self.signal if self.plain else self.encoded)
 
     @property
     def dims(self) -> tuple[str, ...]:
         """Names of all dimensions, the axis first."""
-        return (self.axis, *self.signal.kind.dims)
+        return (self.axis, *(() if self.part else self.signal.kind.dims))
 
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return {"uint8": 1, "uint16": 2, "float16": 2, "uint32": 4, "float32": 4}[self.dtype]
+        return {"int8": 1, "uint8": 1, "uint16": 2, "float16": 2, "uint32": 4, "float32": 4}[self.dtype]
 
     @property
     def entry_bytes(self) -> int:
@@ -216,7 +301,7 @@ class ArraySpec:
         return self.itemsize * math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
-        """What records and array attributes say about it."""
+        """What records say about it."""
         return {"array": self.path, "dtype": self.dtype, "encoding": self.encoding, "shape": list(self.shape)}
 
 
@@ -237,10 +322,35 @@ def derivable(specs: Iterable[ArraySpec]) -> list[dict[str, Any]]:
 
 
 def array_spec(signal: Signal, size: int, *, dtype: str | None = None) -> ArraySpec:
-    """The spec of a teacher output.
+    """The spec of a teacher output that is stored as plain numbers.
 
     Args:
         size: of its one trailing dimension: number of labels or hidden size.
         dtype: "float32" or "float16"; None takes the default of the kind.
     """
     return ArraySpec(signal, (size,), dtype or signal.kind.dtype)
+
+
+def array_specs(signal: Signal, size: int) -> tuple[ArraySpec, ...]:
+    """The arrays of a teacher output in the encoding that `signal` names, or the default of its kind.
+
+    Args:
+        size: of its one trailing dimension: number of labels or hidden size.
+    """
+    encoding = signal.encoding or signal.kind.dtype
+    return tuple(
+        ArraySpec(signal.bare, () if part else (size,), dtype, encoding, part)
+        for part, dtype in ENCODINGS[encoding].parts.items()
+    )
+
+
+def place(wanted: Iterable[ArraySpec], there: Iterable[ArraySpec]) -> tuple[ArraySpec, ...]:
+    """Specs with the paths they have in a store that holds others: a signal's first encoding has the plain one.
+
+    Args:
+        wanted: each once or more; whether they are plain says nothing.
+        there: the arrays declared.
+    """
+    first = {spec.signal: spec.encoding for spec in there if spec.plain}
+    placed = [replace(spec, plain=first.setdefault(spec.signal, spec.encoding) == spec.encoding) for spec in wanted]
+    return tuple(dict.fromkeys(placed))

@@ -35,7 +35,7 @@ from .layout import (
 from .plan import PlannedShard, plan_shards
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
 from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
-from .signal import SEGMENT_IDS, SIGNALS, TOKEN_IDS, ArraySpec, Signal, derivable
+from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, derivable, place
 from .writer import ShardWriter, shard_parts
 
 if TYPE_CHECKING:
@@ -403,8 +403,8 @@ class TeacherStore:
         keys, lengths = read_index(self.files, record)
         by_path = {file.spec.path: file for file in record.files}
         ids, segments = (
-            Ragged.from_lengths(read_shard(self.files, self.layout, by_path[signal.path], record.tokens), lengths)
-            for signal in (TOKEN_IDS, SEGMENT_IDS)
+            Ragged.from_lengths(read_shard(self.files, self.layout, by_path[spec.path], record.tokens), lengths)
+            for spec in self.layout.input_specs
         )
         if not np.array_equal(row_keys(ids, segments), keys):
             raise VerificationError(
@@ -426,36 +426,45 @@ class TeacherStore:
         return {path: array.spec for path, array in self._array_metadata().items()}
 
     def spec(self, signal: Signal | str) -> ArraySpec:
-        """The spec a signal was declared with; RefusedError when it was not."""
-        signal = Signal.parse(signal) if isinstance(signal, str) else signal
-        spec = self.declared().get(signal.path)
-        if spec is None:
-            raise RefusedError(
-                f"store {self.url} holds no {signal}", fix=f"run kd cache-teacher with --signals {signal}"
-            )
-        return spec
-
-    def declare(self, specs: Sequence[ArraySpec]) -> None:
-        """Create the arrays that are not there yet.
+        """The spec of the array that stands for a signal, in its first encoding or the one asked for.
 
         Raises:
-            RefusedError: an array is there with another dtype or shape.
+            RefusedError: it was not declared.
+        """
+        signal = Signal.parse(signal) if isinstance(signal, str) else signal
+        for spec in self.declared().values():
+            asked = spec.plain if signal.encoding is None else spec.encoding == signal.encoding
+            if spec.signal == signal.bare and not spec.part and asked:
+                return spec
+        raise RefusedError(f"store {self.url} holds no {signal}", fix=f"run kd cache-teacher with --signals {signal}")
+
+    def declare(self, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
+        """Create the arrays that are not there yet.
+
+        Returns:
+            The specs as they are here: a second encoding of a signal stands beside the first, under its own name.
+
+        Raises:
+            RefusedError: a signal is there with entries of another shape.
         """
         with self.files.lock():
             there = self._array_metadata()
+            declared = [array.spec for array in there.values()]
+            specs = place(specs, declared)
+            shapes = {spec.signal: spec.shape for spec in declared if not spec.part}
             for spec in specs:
-                found = there.get(spec.path)
-                if found is not None and found.spec != spec:
+                if not spec.part and shapes.get(spec.signal, spec.shape) != spec.shape:
                     raise RefusedError(
-                        f"store {self.url} holds {spec.signal} as {found.spec.dtype} {list(found.spec.shape)}, "
-                        f"asked for {spec.dtype} {list(spec.shape)}",
-                        fix=f"ask for {found.spec.dtype}, or give another --store",
+                        f"store {self.url} holds {spec.signal} with entries of shape {list(shapes[spec.signal])}, "
+                        f"asked for {list(spec.shape)}",
+                        fix="give another --store",
                     )
             num_shards = max([self.catalogue().num_shards, *(array.num_shards for array in there.values())])
             for spec in specs:
                 if spec.path not in there:
                     self._declare(spec, num_shards)
             self._grow(num_shards)
+        return specs
 
     def sweep(self) -> None:
         """Remove what killed processes left half written. Hold the lock."""
@@ -508,16 +517,19 @@ class TeacherStore:
         """The spec of the array at `path` from its zarr.json; ValueError, KeyError, TypeError or UsageError if none."""
         _, *shape = metadata["shape"]
         encoding = metadata["attributes"]["kd"]["encoding"]
-        return ArraySpec(Signal.from_path(path), tuple(shape), metadata["data_type"], encoding)
+        return ArraySpec.at(path, tuple(shape), metadata["data_type"], encoding)
 
     def array_paths(self) -> list[str]:
-        """Where arrays stand or may stand: of inputs, of signals without layers, and of every layer with a folder."""
-        paths = [spec.path for spec in self.layout.input_specs]
-        for name, kind in SIGNALS.items():
-            if not kind.per_layer:
-                paths.append(name)
+        """Where arrays stand or may stand: of signals and inputs without layers, and of every layer with a folder."""
+        paths = []
+        for folder in self.files.list(""):
+            if folder not in ARRAY_NAMES:
+                continue
+            signal, _, _ = ARRAY_NAMES[folder]
+            if signal in SIGNALS and SIGNALS[signal].per_layer:
+                paths += [f"{folder}/{layer}" for layer in self.files.list(folder) if layer.isdecimal()]
             else:
-                paths += [f"{name}/{layer}" for layer in self.files.list(name) if layer.isdecimal()]
+                paths.append(folder)
         return paths
 
     def writer(self, shard: int, specs: Sequence[ArraySpec]) -> ShardWriter:
@@ -530,10 +542,10 @@ class TeacherStore:
         for spec in specs:
             array = declared.get(spec.path)
             if array is None or array.spec != spec or spec in self.layout.input_specs:
-                raise RefusedError(f"{spec.signal} was not declared as {spec.dtype} {list(spec.shape)}")
+                raise RefusedError(f"{spec.signal} was not declared at {spec.path} as {spec.dtype} {list(spec.shape)}")
             if array.metadata != self.layout.array_metadata(spec, array.num_shards):
                 raise RefusedError(
-                    f"{spec.signal} of store {self.url} was rewritten by other software; nothing can be added to it",
+                    f"{spec.label} of store {self.url} was rewritten by other software; nothing can be added to it",
                     fix="give another --store, or restore its zarr.json and shard files from a copy",
                 )
         record = self._allocation(shard)
@@ -609,7 +621,7 @@ class TeacherStore:
             fingerprint,
             (place_of(self.files, folder),),
             dict(corpus),
-            tuple(str(item.signal if isinstance(item, ArraySpec) else item) for item in signals),
+            tuple(dict.fromkeys(str(item.encoded if isinstance(item, ArraySpec) else item) for item in signals)),
             num_rows,
             tuple(sorted(set(shards))),
             kd_version(),
@@ -619,25 +631,34 @@ class TeacherStore:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def reader(self) -> StoreReader:
-        """A reader of what is committed now."""
+    def reader(self, encodings: Mapping[Signal, str] | None = None) -> StoreReader:
+        """A reader of what is committed now.
+
+        Args:
+            encodings: to read signals in that are asked for without one; of others, the most exact.
+        """
         from .reader import StoreReader
 
-        return StoreReader(self)
+        return StoreReader(self, encodings)
 
     def inspect(self) -> dict[str, Any]:
         """What the store holds, for people and `--json`."""
         catalogue = self.catalogue()
-        signals = {}
-        for path in sorted({*self.declared(), *catalogue.specs}):
-            spec = catalogue.specs.get(path) or self.declared()[path]
-            files = catalogue.files.get(path, {})
-            signals[str(spec.signal)] = {
+        signals: dict[str, dict[str, Any]] = {}
+        declared = self.declared() | dict(catalogue.specs)
+        for path, spec in sorted(declared.items(), key=lambda item: (item[1].part, item[0])):
+            size = sum(file.bytes for file in catalogue.files.get(path, {}).values())
+            if spec.part:
+                # Absent where a writer was killed between the two declarations.
+                signals.get(spec.label, {"bytes": 0})["bytes"] += size
+                continue
+            signals[spec.label] = {
                 "axis": spec.axis,
                 "dtype": spec.dtype,
+                "encoding": spec.encoding,
                 "shape": list(spec.shape),
-                "shards": len(files),
-                "bytes": sum(file.bytes for file in files.values()),
+                "shards": len(catalogue.files.get(path, {})),
+                "bytes": size,
             }
         return {
             "url": self.url,

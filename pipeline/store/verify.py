@@ -190,7 +190,7 @@ def verify_shard(url: str, shard: int, run: str = "") -> tuple[list[Problem], in
     for record, file in live_files(records):
         num_files, num_bytes = num_files + 1, num_bytes + file.bytes
         if record.index is None and (what := compare_file(store.files, file)) is not None:
-            problems.append(Problem(shard, str(file.spec.signal), file.file, what))
+            problems.append(Problem(shard, file.spec.label, file.file, what))
     return problems, num_files, num_bytes
 
 
@@ -223,7 +223,7 @@ def _verify_rows(store: TeacherStore, record: Record) -> list[Problem]:
         try:
             rows.append(_read_ids(store, file, record.tokens))
         except VerificationError as error:
-            problems.append(Problem(record.shard, str(spec.signal), file.file, error.what))
+            problems.append(Problem(record.shard, spec.label, file.file, error.what))
     if problems:
         return problems
     differ = (row_keys(*(Ragged.from_lengths(values, lengths) for values in rows)) != keys).any(axis=1)

@@ -58,8 +58,17 @@ class View:
 
     @property
     def signals(self) -> tuple[Signal, ...]:
-        """What was captured for it when it was made."""
+        """What was captured for it when it was made, each with its encoding."""
         return tuple(Signal.parse(signal) for signal in self.content["signals"])
+
+    @property
+    def encodings(self) -> dict[Signal, str]:
+        """The encoding that its reader gives a signal in: the first that it was made with, whatever the store gains."""
+        found: dict[Signal, str] = {}
+        for signal in self.signals:
+            if signal.encoding is not None:
+                found.setdefault(signal.bare, signal.encoding)
+        return found
 
     @cached_property
     def examples(self) -> pa.Table:
@@ -68,8 +77,8 @@ class View:
 
     @cached_property
     def reader(self) -> StoreReader:
-        """A reader of the store, as it was when this was first asked for."""
-        return self.store.reader()
+        """A reader of the store, as it was when this was first asked for, in the view's encodings."""
+        return self.store.reader(self.encodings)
 
     def check_coverage(self, signals: Iterable[Signal | str]) -> None:
         """Refuse unless every example has every signal.
@@ -147,7 +156,7 @@ def write_view(
     Args:
         examples: N rows, all columns of the corpus.
         rows: int64 [N] where `store.allocate` put them.
-        signals: what was captured for all of them.
+        signals: what was captured for all of them; a spec names its encoding.
         corpus: what the corpus says of itself, and its fingerprint.
     """
     rows_N = np.asarray(rows, dtype=np.int64)
@@ -164,7 +173,7 @@ def write_view(
         "store": os.path.relpath(store.files.root, Path(path).resolve()),
         "store_identity": store.identity.digest,
         "store_digest": store.store_digest,
-        "signals": [str(item.signal if isinstance(item, ArraySpec) else item) for item in signals],
+        "signals": [*dict.fromkeys(str(s.encoded if isinstance(s, ArraySpec) else s) for s in signals)],
         "corpus": dict(corpus or {}),
         "num_rows": len(rows_N),
     }

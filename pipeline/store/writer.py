@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray, offsets_of, ranges
+from .codec import LIMITS, encode
 from .files import Buffer
 from .layout import StoreLayout, fill_value
 from .records import FileRecord, Record, hash_parts
@@ -19,9 +20,6 @@ from .signal import ArraySpec, Signal
 
 if TYPE_CHECKING:
     from .store import TeacherStore
-
-OVERFLOWS = {"float16": 65520.0, "float32": 3.4028235677973366e38}
-"""The smallest magnitude that a dtype rounds to infinity."""
 
 
 def shard_parts(layout: StoreLayout, spec: ArraySpec, values: npt.NDArray[Any]) -> list[Buffer]:
@@ -38,19 +36,26 @@ def shard_parts(layout: StoreLayout, spec: ArraySpec, values: npt.NDArray[Any]) 
 class ShardWriter:
     """Collects the signals of one shard and commits them together. Made by `TeacherStore.writer`.
 
-    Rows may come in any order and any batches, each once; `commit` refuses while one is missing. `put_*` and
-    `commit` may run in different threads, one after the other.
+    Rows may come in any order and any batches, each once; `commit` refuses while one is missing. What is put is kept in
+    every encoding that the writer was made for. `put_*` and `commit` may run in different threads, one after the other.
     """
 
     def __init__(self, store: TeacherStore, allocation: Record, lengths: IntArray, specs: Sequence[ArraySpec]) -> None:
         self.shard = allocation.shard
         self._store, self._allocation = store, allocation
         self._lengths, self._starts = lengths, offsets_of(lengths)[:-1]
-        self._specs = {spec.signal: spec for spec in specs}
+        self._specs: dict[Signal, list[ArraySpec]] = {}
+        for spec in specs:
+            self._specs.setdefault(spec.signal, []).append(spec)
         self._buffers = {
-            spec.signal: np.empty((allocation.entries(spec), *spec.shape), dtype=spec.dtype) for spec in specs
+            spec.path: np.empty((allocation.entries(spec), *spec.shape), dtype=spec.dtype) for spec in specs
         }
-        self._written = {spec.signal: np.zeros(allocation.rows, dtype=bool) for spec in specs}
+        self._written = {signal: np.zeros(allocation.rows, dtype=bool) for signal in self._specs}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard."""
+        return self._allocation.rows
 
     @property
     def num_bytes(self) -> int:
@@ -62,20 +67,13 @@ class ShardWriter:
 
         Args:
             slots: [B] places of the rows inside the shard, distinct.
-            values: [B, ...] floating point, cast to the stored dtype.
+            values: [B, ...] floating point, before any encoding.
 
         Raises:
-            RefusedError: a value that is not finite or overflows float16, naming signal and row.
+            RefusedError: a value that is not finite or that an encoding cannot hold, naming signal and row.
         """
-        spec, slots_B = self._check(signal, slots, "example")
-        if values.shape != (len(slots_B), *spec.shape):
-            raise RefusedError(
-                f"{spec.signal}: values of {len(slots_B)} rows have shape {[len(slots_B), *spec.shape]}, "
-                f"got {list(values.shape)}"
-            )
-        self._refuse_bad_values(spec, values, slots_B, np.ones(len(slots_B), dtype=np.int64))
-        self._buffers[spec.signal][slots_B] = values
-        self._written[spec.signal][slots_B] = True
+        specs, slots_B = self._check(signal, slots, "example")
+        self._put(specs, values, slots_B, np.ones(len(slots_B), dtype=np.int64), slots_B)
 
     def put_tokens(self, signal: Signal | str, slots: npt.ArrayLike, values: npt.NDArray[Any]) -> None:
         """Take the entries of all tokens of some rows of a token-axis signal.
@@ -87,28 +85,39 @@ class ShardWriter:
         Raises:
             RefusedError: as `put_rows`.
         """
-        spec, slots_B = self._check(signal, slots, "token")
+        specs, slots_B = self._check(signal, slots, "token")
         lengths = self._lengths[slots_B]
-        total = int(lengths.sum())
-        if values.shape != (total, *spec.shape):
-            raise RefusedError(
-                f"{spec.signal}: values of these {len(slots_B)} rows have shape {[total, *spec.shape]}, "
-                f"got {list(values.shape)}"
-            )
-        self._refuse_bad_values(spec, values, slots_B, lengths)
-        self._buffers[spec.signal][ranges(self._starts[slots_B], lengths)] = values
-        self._written[spec.signal][slots_B] = True
+        self._put(specs, values, slots_B, lengths, ranges(self._starts[slots_B], lengths))
 
-    def _check(self, signal: Signal | str, slots: npt.ArrayLike, axis: str) -> tuple[ArraySpec, IntArray]:
+    def _put(
+        self, specs: list[ArraySpec], values: npt.NDArray[Any], slots: IntArray, lengths: IntArray, places: IntArray
+    ) -> None:
+        signal = specs[0].signal
+        shape = (len(places), *next((spec.shape for spec in specs if not spec.part), values.shape[1:]))
+        if values.shape != shape:
+            raise RefusedError(
+                f"{signal}: values of these {len(slots)} rows have shape {[*shape]}, got {list(values.shape)}"
+            )
+        encodings = dict.fromkeys(spec.encoding for spec in specs)
+        for encoding in encodings:
+            self._refuse_bad_values(signal, encoding, values, slots, lengths)
+        for encoding in encodings:
+            parts = encode(encoding, values)
+            for spec in specs:
+                if spec.encoding == encoding:
+                    self._buffers[spec.path][places] = parts[spec.part]
+        self._written[signal][slots] = True
+
+    def _check(self, signal: Signal | str, slots: npt.ArrayLike, axis: str) -> tuple[list[ArraySpec], IntArray]:
         signal = Signal.parse(signal) if isinstance(signal, str) else signal
-        spec = self._specs.get(signal)
-        if spec is None:
+        specs = self._specs.get(signal)
+        if specs is None:
             raise RefusedError(
                 f"this writer does not hold {signal}", details=[f"it holds: {', '.join(map(str, self._specs))}"]
             )
-        if spec.axis != axis:
-            method = "put_tokens" if spec.axis == "token" else "put_rows"
-            raise RefusedError(f"{signal} has one entry per {spec.axis}", fix=f"use {method}")
+        if signal.kind.axis != axis:
+            method = "put_tokens" if signal.kind.axis == "token" else "put_rows"
+            raise RefusedError(f"{signal} has one entry per {signal.kind.axis}", fix=f"use {method}")
         slots_B = np.asarray(slots, dtype=np.int64)
         if slots_B.ndim != 1 or (slots_B.size and not 0 <= slots_B.min() <= slots_B.max() < self._allocation.rows):
             raise RefusedError(f"shard {self.shard} has row slots 0 to {self._allocation.rows - 1}, got {slots!r}")
@@ -116,23 +125,25 @@ class ShardWriter:
         if again.any() or len(np.unique(slots_B)) != len(slots_B):
             twice = slots_B[again] if again.any() else slots_B
             raise RefusedError(f"{signal}: row {self._row(int(twice[0]))} was written twice")
-        return spec, slots_B
+        return specs, slots_B
 
     def _row(self, slot: int) -> int:
         return self.shard * self._store.layout.rows_per_shard + slot
 
-    def _refuse_bad_values(self, spec: ArraySpec, values: npt.NDArray[Any], slots: IntArray, lengths: IntArray) -> None:
+    def _refuse_bad_values(
+        self, signal: Signal, encoding: str, values: npt.NDArray[Any], slots: IntArray, lengths: IntArray
+    ) -> None:
         if values.dtype.kind != "f":
-            raise RefusedError(f"{spec.signal}: values must be floating point, got {values.dtype}")
+            raise RefusedError(f"{signal}: values must be floating point, got {values.dtype}")
         if not values.size:
             return
-        limit = OVERFLOWS[spec.dtype]
+        limit = LIMITS[encoding]
         if _all_below(values, limit):
             return
         flat = values.reshape(len(values), -1).astype(np.float64)
         for bad, what in (
             (~np.isfinite(flat), "is not finite"),
-            (np.abs(flat) >= limit, f"does not fit {spec.dtype}"),
+            (np.abs(flat) >= limit, f"does not fit {encoding}"),
         ):
             entries = np.flatnonzero(bad.any(axis=1))
             if not len(entries):
@@ -141,9 +152,9 @@ class ShardWriter:
             position = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
             value = float(flat[entry][bad[entry]][0])
             token = entry - int(lengths[:position].sum())
-            place = f", token {token}" if spec.axis == "token" else ""
+            place = f", token {token}" if signal.kind.axis == "token" else ""
             raise RefusedError(
-                f"{spec.signal} of row {self._row(int(slots[position]))} (shard {self.shard}, "
+                f"{signal} of row {self._row(int(slots[position]))} (shard {self.shard}, "
                 f"slot {int(slots[position])}{place}) {what}: {value}",
                 details=[f"{int(bad.sum())} such values of {flat.size} in this batch"],
                 fix="capture this signal as float32"
@@ -202,8 +213,9 @@ class ShardWriter:
                     f"the first is row {self._row(slot)}"
                 )
         # Sorted, so that two writers of the same files never hold one another's next.
-        for spec in sorted(self._specs.values() if specs is None else specs, key=lambda spec: spec.path):
-            parts = shard_parts(self._store.layout, spec, self._buffers[spec.signal])
+        wanted = [spec for specs in self._specs.values() for spec in specs] if specs is None else specs
+        for spec in sorted(wanted, key=lambda spec: spec.path):
+            parts = shard_parts(self._store.layout, spec, self._buffers[spec.path])
             yield FileRecord(spec, self.shard, *hash_parts(parts)), parts
 
     def _uncommitted(self) -> list[ArraySpec]:
@@ -211,7 +223,7 @@ class ShardWriter:
         if self._allocation not in records:
             raise VerificationError(f"shard {self.shard} of {self._store.url} lost its allocation while it was written")
         done = {file.spec.path for record in records for file in record.files}
-        return [spec for spec in self._specs.values() if spec.path not in done]
+        return [spec for specs in self._specs.values() for spec in specs if spec.path not in done]
 
 
 def _all_below(values: npt.NDArray[Any], limit: float) -> bool:

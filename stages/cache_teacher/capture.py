@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from ...pipeline.errors import RefusedError
 from ...pipeline.executor import Deferred
 from ...pipeline.fingerprint import differing_fields
 from ...pipeline.ragged import Ragged
-from ...pipeline.store import ArraySpec, Claim, ShardWriter, TeacherStore
+from ...pipeline.store import ArraySpec, Claim, ShardWriter, Signal, TeacherStore
+from ...pipeline.store.recode import recode
 from .identity import tensor_digest
 from .teacher import Teacher, describe_teacher
 
@@ -29,11 +30,19 @@ CALIBRATION_TOKENS = 4096
 
 @dataclass(frozen=True)
 class CapturedShard:
-    """What became of a shard: rows the teacher read, bytes written, batches that did not fit into memory."""
+    """What became of a shard.
+
+    Attributes:
+        rows: that the teacher read.
+        bytes: written.
+        num_halved: batches that did not fit into memory.
+        rows_recoded: of which everything was made from what the store held.
+    """
 
     rows: int
     bytes: int
     num_halved: int
+    rows_recoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class CaptureJob:
         return self.tensors, self.dtype, self.device
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> ComputedShard | Deferred | None:
-        """Run the teacher over a shard.
+        """Get what a shard lacks, from the store or the teacher.
 
         Returns:
             None when all is there, since another process was faster; Deferred while another one is at it.
@@ -89,7 +98,11 @@ class CaptureJob:
                 claim.release()
                 return None
             writer = self.store.writer(shard, lacking)
-            rows, num_halved = self.fill(writer, lacking, advance)
+            recoded = recode(self.store, writer, lacking)
+            rest = [spec for spec in lacking if spec.signal not in recoded]
+            rows, num_halved = self.fill(writer, rest, advance) if rest else (0, 0)
+            if not rest:
+                advance(writer.num_rows)
         except BaseException:
             claim.release()
             raise
@@ -99,14 +112,14 @@ class CaptureJob:
         """Run the teacher over the rows of a writer's shard: (rows, batches that did not fit into memory)."""
         from .runner import plan_batches
 
-        runner = _loaded_teacher(self).runner({spec.signal: spec.dtype for spec in specs})
+        runner = _loaded_teacher(self).runner(computed_dtypes(specs))
         halved_before = runner.num_halved
         rows = self.store.read_tokens(writer.shard)
         batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
         for batch in runner.run(rows.token_ids, rows.segment_ids, batches):
-            for spec in specs:
-                put = writer.put_tokens if spec.axis == "token" else writer.put_rows
-                put(spec.signal, batch.slots, batch.values[spec.signal])
+            for signal, values in batch.values.items():
+                put = writer.put_tokens if signal.kind.axis == "token" else writer.put_rows
+                put(signal, batch.slots, values)
             advance(len(batch.slots))
         return len(rows.rows), runner.num_halved - halved_before
 
@@ -117,7 +130,18 @@ class CaptureJob:
         with computed.claim:
             record = computed.writer.commit()
         written = 0 if record is None else sum(file.bytes for file in record.files)
-        return CapturedShard(computed.rows, written, computed.num_halved)
+        return CapturedShard(
+            computed.rows, written, computed.num_halved, rows_recoded=0 if computed.rows else computed.writer.num_rows
+        )
+
+
+def computed_dtypes(specs: Iterable[ArraySpec]) -> dict[Signal, str]:
+    """What the teacher has to give each signal in: float32 where an encoding starts from it, else float16."""
+    dtypes: dict[Signal, str] = {}
+    for spec in specs:
+        if dtypes.get(spec.signal) != "float32":
+            dtypes[spec.signal] = "float16" if spec.encoding == "float16" else "float32"
+    return dtypes
 
 
 # --- the teacher of this process ---------------------------------------------------------------------------------
@@ -222,8 +246,7 @@ def measure_rate(teacher: Teacher, plan: Plan, *, dtype: str, device: str) -> fl
     else:
         rows = plan.store.read_tokens(next(iter(plan.missing)))
         token_ids, segment_ids = rows.token_ids, rows.segment_ids
-    signals = {spec.signal: spec.dtype for spec in plan.specs}
-    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(signals)
+    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(computed_dtypes(plan.specs))
     batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, plan.layout.batch_tokens))
     best = float("inf")
     for _ in range(2):  # the first one warms up

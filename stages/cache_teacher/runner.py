@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
+from ...pipeline.store.codec import LIMITS
 from ...pipeline.store.signal import Signal
-from ...pipeline.store.writer import OVERFLOWS
 
 PAD_MULTIPLE = 8
 
@@ -276,7 +276,7 @@ class _Launched:
             return False
         self._wait()
         largest = self.largest.numpy()
-        return bool((np.isfinite(largest) & (largest >= OVERFLOWS["float16"])).any())
+        return bool((np.isfinite(largest) & (largest >= LIMITS["float16"])).any())
 
     def arrived(self) -> SignalBatch:
         self._wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,7 +66,7 @@ class CacheTeacher(Stage):
 
     store: str = option(help="Store to grow; made when it is not there.", panel=STORE, metavar="STORE")
     signals: str = option(
-        "logits", help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6.", panel=STORE, metavar="LIST"
+        "logits", help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6:int8.", panel=STORE, metavar="LIST"
     )
     hidden_dtype: str | None = option(
         None,
@@ -272,6 +272,7 @@ class CacheTeacher(Stage):
             specs=specs,
             missing=missing,
             missing_sizes=[] if store is None else store.shard_sizes(missing),
+            recoded=frozenset() if store is None else _recoded(store, missing),
             sidecars=sidecars if store is None else missing_sidecars(store, sidecars),
             teacher=teacher,
             max_bytes=self._max_bytes(),
@@ -320,22 +321,23 @@ class CacheTeacher(Stage):
 
     def _specs(self, store: TeacherStore | None) -> tuple[ArraySpec, ...]:
         """How each signal is stored: as the store has it, else as asked, else by default."""
-        from ...pipeline.store import array_spec
+        from ...pipeline.store import array_specs
+        from ...pipeline.store.signal import place
 
-        declared = {} if store is None else store.declared()
-        specs = []
+        declared = () if store is None else tuple(store.declared().values())
+        first = {spec.signal: spec.encoding for spec in declared if spec.plain}
+        wanted: list[ArraySpec] = []
         for signal in self._signals:
             is_hidden = signal.layer is not None
             size = self._teacher.hidden_size if is_hidden else self._teacher.num_labels
-            there = declared.get(signal.path)
-            asked = self.hidden_dtype if is_hidden else None
-            if there is not None and asked not in (None, there.dtype):
+            there, asked = first.get(signal), self.hidden_dtype if is_hidden else None
+            if there is not None and asked not in (None, there):
                 raise RefusedError(
-                    f"store {self.store} holds {signal} as {there.dtype}, --hidden-dtype asks for {asked}",
-                    fix="leave --hidden-dtype out, or give another --store",
+                    f"store {self.store} holds {signal} as {there}, --hidden-dtype asks for {asked}",
+                    fix=f"leave --hidden-dtype out, or name {signal}:{asked} to have both",
                 )
-            specs.append(array_spec(signal, size, dtype=asked if there is None else there.dtype))
-        return tuple(specs)
+            wanted += array_specs(replace(signal, encoding=signal.encoding or there or asked), size)
+        return place(wanted, declared)
 
     def _capture(self, plan: Plan, context: StageContext) -> StageResult:
         from ...pipeline.store import create_or_open, write_view
@@ -346,18 +348,18 @@ class CacheTeacher(Stage):
         progress, teacher = context.progress, self._teacher
         store = create_or_open(self.store, self._identity_of_store, plan.layout if plan.store is None else None)
         allocation = store.allocate(plan.encoded.token_ids, plan.encoded.segment_ids)
-        store.declare(plan.specs)
+        specs = store.declare(plan.specs)
         # Before anything is captured: from here on `kd store gc` leaves what this view needs.
         store.enter_view(
             self.fingerprint_of(self.inputs()),
             self.output_dir,
             corpus={"name": self.corpus or self.dataset or "", "fingerprint": self._corpus.fingerprint},
-            signals=plan.specs,
+            signals=specs,
             num_rows=len(self._corpus),
             shards=allocation.shards,
         )
         put_files(store, teacher)
-        missing = store.missing(plan.specs, allocation.shards)
+        missing = store.missing(specs, allocation.shards)
         sizes = store.shard_sizes(missing)
         rows_to_compute = sum(rows for rows, _ in sizes)
         progress.info(
@@ -374,7 +376,7 @@ class CacheTeacher(Stage):
             tensors=teacher.tensor_digest,
             dtype=self.dtype,
             device=resolve_device(self.device),
-            specs=plan.specs,
+            specs=specs,
         )
         if plan.sidecars:
             put_sidecars(store, teacher.load("auto"), plan.sidecars)
@@ -385,8 +387,10 @@ class CacheTeacher(Stage):
 
         started = time.perf_counter()
         if missing:
+            again = sum(rows for shard, (rows, _) in zip(missing, sizes, strict=True) if shard in plan.recoded)
             progress.estimate(
-                f"capturing {rows_to_compute} rows in {len(missing)} shards, {plan.bytes_text}",
+                f"capturing {rows_to_compute} rows in {len(missing)} shards, {plan.bytes_text}"
+                + (f"; {again} rows are encoded again from the store, without the teacher" if again else ""),
                 rows=rows_to_compute,
                 shards=len(missing),
                 bytes=sum(plan.bytes_of.values()),
@@ -409,6 +413,7 @@ class CacheTeacher(Stage):
             "duplicates": allocation.num_duplicates,
             "truncated_rows": int(plan.encoded.truncated.sum()),
             "rows_computed": rows_computed,
+            "rows_recoded": sum(record.rows_recoded for record in records),
             "shards_computed": sum(record.rows > 0 for record in records),
             "bytes_written": sum(record.bytes for record in records),
             "capture_seconds": round(seconds, 3),
@@ -418,7 +423,7 @@ class CacheTeacher(Stage):
         failed = [outcome for outcome in outcomes if outcome.failure is not None]
         if failed:
             return StageResult(summary | {"shards_failed": [o.shard for o in failed]}, failure=_incomplete(failed))
-        lacking = store.missing(plan.specs, allocation.shards)
+        lacking = store.missing(specs, allocation.shards)
         if lacking:
             return StageResult(
                 summary | {"shards_failed": sorted(lacking)},
@@ -433,7 +438,7 @@ class CacheTeacher(Stage):
             self._corpus.table,
             allocation.rows,
             store,
-            plan.specs,
+            specs,
             corpus={
                 "info": self._corpus.info.to_json(),
                 "fingerprint": self._corpus.fingerprint,
@@ -542,6 +547,7 @@ class Plan:
         specs: the signals asked for.
         missing: shards that are there and hold a row of the corpus → signals they lack.
         missing_sizes: (rows, tokens) of those shards.
+        recoded: those of them that the teacher need not run over: the store holds float32 of all that they lack.
         sidecars: to be added.
         teacher: whose tensors the sidecars hold.
         max_bytes: the budget; None is the free disk.
@@ -555,21 +561,27 @@ class Plan:
     specs: tuple[ArraySpec, ...]
     missing: Mapping[int, tuple[ArraySpec, ...]]
     missing_sizes: Sequence[tuple[int, int]]
+    recoded: frozenset[int]
     sidecars: tuple[str, ...]
     teacher: Teacher
     max_bytes: int | None
 
+    @cached_property
+    def _sizes_to_compute(self) -> list[tuple[int, int]]:
+        sizes = zip(self.missing, self.missing_sizes, strict=True)
+        return [*self.preview.sizes, *(size for shard, size in sizes if shard not in self.recoded)]
+
     @property
     def shards_to_compute(self) -> int:
-        return len(self.preview.sizes) + len(self.missing_sizes)
+        return len(self._sizes_to_compute)
 
     @property
     def rows_to_compute(self) -> int:
-        return sum(rows for rows, _ in [*self.preview.sizes, *self.missing_sizes])
+        return sum(rows for rows, _ in self._sizes_to_compute)
 
     @property
     def tokens_to_compute(self) -> int:
-        return sum(tokens for _, tokens in [*self.preview.sizes, *self.missing_sizes])
+        return sum(tokens for _, tokens in self._sizes_to_compute)
 
     @cached_property
     def bytes_of(self) -> dict[str, int]:
@@ -598,6 +610,17 @@ class Plan:
         from ...pipeline.store import require_room
 
         require_room(self.bytes_of, url=Path(self.url).expanduser(), max_bytes=self.max_bytes)
+
+
+def _recoded(store: TeacherStore, missing: Mapping[int, Sequence[ArraySpec]]) -> frozenset[int]:
+    from ...pipeline.store.recode import recodable
+
+    catalogue = store.catalogue()
+    return frozenset(
+        shard
+        for shard, specs in missing.items()
+        if recodable(catalogue, shard, specs).keys() == {spec.signal for spec in specs}
+    )
 
 
 def _preview(store: TeacherStore | None, layout: StoreLayout, encoded: Encoded) -> AllocationPreview:

@@ -408,7 +408,7 @@ class RepairJob:
         committed = () if record is None else record.files
         return RepairedShard(
             rows,
-            tuple((file.file, str(file.spec.signal)) for file in (*replaced.restored, *committed)),
+            tuple((file.file, file.spec.label) for file in (*replaced.restored, *committed)),
             tuple(file.file for file in replaced.accepted),
             tuple(file.file for file in replaced.refused),
         )

@@ -53,14 +53,13 @@ def answer(spec: ArraySpec, ids: Ragged, segments: Ragged) -> np.ndarray:
 
 def capture(store: TeacherStore, specs: Sequence[ArraySpec] = SPECS, shards: Iterable[int] | None = None) -> int:
     """Do what cache-teacher does: everything that is missing, shard by shard. Number of shards computed."""
-    store.declare(specs)
-    missing = store.missing(specs, shards)
+    missing = store.missing(store.declare(specs), shards)
     for shard, todo in missing.items():
         rows = store.read_tokens(shard)
         writer = store.writer(shard, todo)
         slots = np.arange(len(rows.rows))[::-1]
         ids, segments = rows.token_ids.take(slots), rows.segment_ids.take(slots)
-        for spec in todo:
+        for spec in {spec.signal: spec for spec in todo if not spec.part}.values():
             put = writer.put_tokens if spec.axis == "token" else writer.put_rows
             put(spec.signal, slots, answer(spec, ids, segments))
         writer.commit()

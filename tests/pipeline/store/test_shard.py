@@ -58,7 +58,7 @@ def test_a_shard_file_is_what_zarr_writes(spec: ArraySpec, layout: StoreLayout, 
             compressors=None,
             fill_value=fill_value(spec)[()],
             dimension_names=spec.dims,
-            attributes={"kd": {"signal": str(spec.signal), "encoding": "raw"}},
+            attributes={"kd": {"signal": str(spec.signal), "encoding": spec.encoding}},
         )
         array[capacity : capacity + len(values)] = values
         expected = Path(folder, "/".join(["c", "1", *["0"] * len(spec.shape)])).read_bytes()

@@ -58,8 +58,10 @@ def test_every_signal_survives_its_text_and_its_path() -> None:
         for layer in (0, 6, 99, 123) if kind.per_layer else (None,):
             signal = Signal(name, layer)
             assert Signal.parse(str(signal)) == signal
-            assert Signal.from_path(signal.path) == signal
-    assert Signal("hidden.tok", 6).path == "hidden.tok/06"
+            dtype = "uint8" if name in INPUTS else "float32"
+            spec = ArraySpec(signal, (3,) * len(kind.dims), dtype)
+            assert ArraySpec.at(spec.path, spec.shape, dtype, spec.encoding) == spec
+    assert array_spec(Signal("hidden.tok", 6), 4).path == "hidden.tok/06"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_every_signal_survives_its_text_and_its_path() -> None:
 )
 def test_only_paths_of_arrays_name_signals(path: str) -> None:
     with pytest.raises(ValueError, match="no signal lives at"):
-        Signal.from_path(path)
+        ArraySpec.at(path, (3,), "float32", "float32")
 
 
 def test_specs_say_how_a_signal_is_laid_out() -> None:

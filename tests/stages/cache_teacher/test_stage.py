@@ -403,6 +403,62 @@ def test_a_hidden_dtype_other_than_the_stores_is_refused(bench: Any, sentences: 
     bench.capture(corpus, signals="hidden.cls@1")
     with pytest.raises(RefusedError, match=r"holds hidden\.cls@1 as float16, --hidden-dtype asks for float32"):
         bench.capture(corpus, signals="hidden.cls@1", hidden_dtype="float32", output_dir=str(bench.folder / "v2"))
+    bench.capture(corpus, signals="hidden.cls@1:float32", output_dir=str(bench.folder / "v2"))
+    assert open_view(bench.folder / "v2").reader.gather("hidden.cls@1", [0]).dtype == np.float32
+    assert open_view(bench.folder / "view").reader.gather("hidden.cls@1", [0]).dtype == np.float16
+
+
+BOTH = "hidden.tok@1:float32,hidden.tok@1:int8,hidden.tok@1:float16,logits:int8,logits"
+
+
+def test_further_encodings_of_float32_need_no_teacher_and_have_its_bytes(
+    bench: Any, sentences: list[str], files: Files, forwards: list[int]
+) -> None:
+    corpus = bench.corpus(sentences[:70])
+    bench.capture(corpus, signals="logits,hidden.tok@1:float32")
+    before = files(bench.store)
+    forwards.clear()
+    plan = bench.capture(corpus, signals=BOTH, output_dir=str(bench.folder / "v2"), dry_run=True).summary
+    assert (plan["rows_to_compute"], plan["estimated_seconds"]) == (0, 0.0)
+    summary = bench.capture(corpus, signals=BOTH, output_dir=str(bench.folder / "v2")).summary
+    assert forwards == [] and summary["rows_computed"] == 0 and summary["rows_recoded"] == 70
+    assert summary["bytes_written"] == plan["bytes_total"]
+    after = files(bench.store)
+    assert {name: after[name] for name in before if "views/" not in name} == {
+        name: digest for name, digest in before.items() if "views/" not in name
+    }
+    assert any("encoded again from the store" in text for text in bench.said)
+    view = open_view(bench.folder / "v2")
+    assert [str(signal) for signal in view.signals] == [
+        "hidden.tok@1:float32", "hidden.tok@1:int8", "hidden.tok@1:float16", "logits:int8", "logits:float32",
+    ]  # fmt: skip
+    again = bench.capture(corpus, signals=BOTH, output_dir=str(bench.folder / "v2"))
+    assert again.skipped
+
+    at_once = bench.folder / "at-once"
+    order = "logits,hidden.tok@1:float32,hidden.tok@1:int8,hidden.tok@1:float16,logits:int8"
+    bench.capture(corpus, signals=order, store=str(at_once), output_dir=str(bench.folder / "v3"))
+    captured = files(at_once)
+    arrays = [name for name in captured if "/c/" in name]
+    assert len(arrays) == 9 * 2 and {name: captured[name] for name in arrays} == {
+        name: digest for name, digest in after.items() if "/c/" in name
+    }
+    assert open_store(at_once).digest() == open_store(bench.store).digest()
+
+
+def test_a_lossy_encoding_is_no_source_for_another(bench: Any, sentences: list[str], forwards: list[int]) -> None:
+    corpus = bench.corpus(sentences[:10])
+    bench.capture(corpus, signals="hidden.tok@1")
+    forwards.clear()
+    summary = bench.capture(corpus, signals="hidden.tok@1:int8", output_dir=str(bench.folder / "v2")).summary
+    assert forwards and summary["rows_computed"] == 10 and summary["rows_recoded"] == 0
+    exact = bench.folder / "exact"
+    bench.capture(corpus, signals="hidden.tok@1:float32", store=str(exact), output_dir=str(bench.folder / "v3"))
+    found, wanted = open_view(bench.folder / "v2"), open_view(bench.folder / "v3")
+    values, lengths = found.reader.gather_tokens("hidden.tok@1", found.rows)
+    expected, _ = wanted.reader.gather_tokens("hidden.tok@1", wanted.rows)
+    assert (np.abs(values - expected) <= np.abs(expected).max(axis=-1, keepdims=True) / 254 * 1.001).all()
+    assert values.dtype == np.float32 and (lengths > 0).all()
 
 
 def test_a_teacher_that_changes_under_the_capture_is_refused(bench: Any, sentences: list[str]) -> None:

@@ -139,7 +139,7 @@ def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """Makes views without running a teacher; no teacher folder exists beside them."""
     from transformers import AutoTokenizer
 
-    from kd.pipeline.store import StoreIdentity, StoreLayout, array_spec, create_or_open, parse_signals, write_view
+    from kd.pipeline.store import StoreIdentity, StoreLayout, array_specs, create_or_open, parse_signals, write_view
     from kd.stages.cache_teacher.identity import tokenizer_identity
     from kd.stages.cache_teacher.tokenize import encode
     from kd.stages.corpus import DatasetSource, load_corpus
@@ -195,22 +195,22 @@ def plant(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             folder / "store", identity, StoreLayout.for_vocabulary(200, rows_per_shard=rows_per_shard)
         )
         allocation = store.allocate(token_ids, segment_ids)
-        specs = [
-            array_spec(signal, len(names) if signal.name == "logits" else WIDTH)
-            for signal in parse_signals(signals, NUM_LAYERS)
-        ]
-        store.declare(specs)
+        specs = store.declare(
+            [
+                spec
+                for signal in parse_signals(signals, NUM_LAYERS)
+                for spec in array_specs(signal, len(names) if signal.name == "logits" else WIDTH)
+            ]
+        )
         for shard in allocation.shards:
             rows = store.read_tokens(shard).token_ids
             writer = store.writer(shard, specs)
-            for spec in specs:
-                values = [planted(str(spec.signal), row.tolist(), len(names), teacher) for row in rows]
-                put = writer.put_tokens if spec.axis == "token" else writer.put_rows
-                put(
-                    spec.signal,
-                    np.arange(len(rows)),
-                    np.concatenate(values) if spec.axis == "token" else np.stack(values),
-                )
+            for signal in dict.fromkeys(spec.signal for spec in specs):
+                values = [planted(str(signal), row.tolist(), len(names), teacher) for row in rows]
+                if signal.kind.axis == "token":
+                    writer.put_tokens(signal, np.arange(len(rows)), np.concatenate(values))
+                else:
+                    writer.put_rows(signal, np.arange(len(rows)), np.stack(values))
             writer.commit()
         for name in ("tokenizer", "config"):
             store.put_file_sidecar(name, files / name)
