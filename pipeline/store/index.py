@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -16,7 +18,7 @@ import xxhash
 
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray, offsets_of
-from .files import StoreFiles
+from .files import SMALL_FILE_BYTES, Blob, StoreFiles
 from .keys import Keys, keys_from_arrow, keys_to_arrow, match_keys
 from .layout import StoreLayout, index_file
 from .records import IndexRecord, Record
@@ -56,31 +58,42 @@ def content_hash(keys: Keys, lengths: IntArray) -> str:
     return digest.hexdigest()
 
 
-def read_index(files: StoreFiles, record: Record) -> tuple[Keys, IntArray]:
+def read_index(files: StoreFiles, record: Record, *, fresh: bool = False) -> tuple[Keys, IntArray]:
     """(row keys [rows, 2], number of tokens int64 [rows]) of a shard, checked against its record.
+
+    Args:
+        fresh: read the file of the store itself, not a copy on this machine: to verify it.
 
     Raises:
         VerificationError: absent, damaged, or not what the record says.
     """
-    assert record.index is not None
     name = index_file(record.shard)
     try:
-        return _decode(_read(files, name, record.index), record)
+        return _decode(_read(files, index_blob(record), fresh), record)
     except FileNotFoundError:
         what = "is missing"
-    except (ValueError, pa.ArrowException, RefusedError) as error:
+    except (ValueError, pa.ArrowException, RefusedError, VerificationError) as error:
         what = f"is damaged: {error}"
     raise VerificationError(
         f"{files.path(name)} {what}", fix=f"see all damage with: kd store verify {files.url}"
     ) from None
 
 
-def _read(files: StoreFiles, name: str, record: IndexRecord) -> bytes:
-    size = files.size(name)
-    if size != record.bytes:
-        raise ValueError(f"it has {size} bytes, its record says {record.bytes}")
-    data = files.read(name)
-    if xxhash.xxh3_128_hexdigest(data) != record.xxh3_128:
+def index_blob(record: Record) -> Blob:
+    """The index file of a shard, by the shard's first record."""
+    assert record.index is not None
+    return Blob(index_file(record.shard), record.index.bytes, record.index.xxh3_128)
+
+
+def _read(files: StoreFiles, blob: Blob, fresh: bool) -> bytes:
+    if blob.bytes > SMALL_FILE_BYTES:
+        raise ValueError(f"its record says {blob.bytes} bytes; at most {SMALL_FILE_BYTES} are expected")
+    path = None if fresh else files.fetch(blob)
+    size = files.size(blob.name) if path is None else os.path.getsize(path)
+    if size != blob.bytes:
+        raise ValueError(f"it has {size} bytes, its record says {blob.bytes}")
+    data = files.read(blob.name) if path is None else Path(path).read_bytes()
+    if xxhash.xxh3_128_hexdigest(data) != blob.xxh3_128:
         raise ValueError("its bytes do not have the recorded checksum")
     return data
 
@@ -142,6 +155,7 @@ class RowIndex:
         Row r of shard s occupies tokens `[r + s]` to `[r + s + 1]` of it, counted inside the shard; equal where no
         row stands.
         """
+        self._fetch()
         width = self.layout.rows_per_shard + 1
         offsets = np.zeros(len(self.allocations) * width, dtype=np.uint32)
         for record in self.allocations:
@@ -151,8 +165,13 @@ class RowIndex:
             offsets[start + 1 + record.rows : start + width] = record.tokens
         return offsets
 
+    def _fetch(self) -> None:
+        """Copy what is remote to this machine, all at once: one by one, they would be waited for one by one."""
+        self.files.fetch_all([index_blob(record) for record in self.allocations])
+
     def lookup(self, wanted: Keys) -> IntArray:
         """int64 [N] row number of each key [N, 2], -1 where the store has no such row."""
+        self._fetch()
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         rows: list[IntArray] = [np.empty(0, dtype=np.int64)]
         for record in self.allocations:

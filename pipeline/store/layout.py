@@ -23,6 +23,7 @@ COMMITS = "commits"
 INDEX = "index"
 SIDECARS = "sidecars"
 VIEWS = "views"
+CLAIMS = "claims"
 MAX_SHARDS = 10**8
 """Shard numbers have eight digits in file names."""
 

@@ -86,6 +86,8 @@ def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable
 def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str], max_bytes: int | None = None) -> None:
     """Refuse a plan that is larger than `max_bytes` or than what is free on the disk of `url`.
 
+    The room of an object store is not known: only `max_bytes` limits it.
+
     Args:
         needed: bytes, in all or per signal.
 
@@ -95,7 +97,9 @@ def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str]
     parts = needed if isinstance(needed, Mapping) else {}
     total = sum(needed.values()) if isinstance(needed, Mapping) else needed
     free = free_bytes(url)
-    limit, name = (free, "free on its disk") if max_bytes is None or free < max_bytes else (max_bytes, "--max-bytes")
+    limits = [] if free is None else [(free, "free on its disk")]
+    limits += [] if max_bytes is None else [(max_bytes, "--max-bytes")]
+    limit, name = min(limits, default=(total, ""))
     if total <= limit:
         return
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
@@ -107,9 +111,14 @@ def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str]
     )
 
 
-def free_bytes(url: str | os.PathLike[str]) -> int:
-    """Bytes free for us on the disk that `url` is on or would be created on."""
-    folder = os.path.abspath(os.fspath(url).removeprefix("file://"))
+def free_bytes(url: str | os.PathLike[str]) -> int | None:
+    """Bytes free for us on the disk that `url` is on or would be created on; None of an object store."""
+    from .files import LocalFiles, open_files
+
+    files = open_files(url)
+    if not isinstance(files, LocalFiles):
+        return None
+    folder = files.address
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return shutil.disk_usage(folder).free

@@ -11,7 +11,7 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..errors import RefusedError, VerificationError
+from ..errors import KdError, RefusedError, VerificationError
 from ..ragged import IntArray
 from .codec import decode, decoded_dtype
-from .files import StoreFiles
+from .files import Blob, StoreFiles
 from .index import RowIndex
 from .keys import Keys
 from .layout import GROUP_FILE, StoreLayout, fill_value
@@ -47,14 +47,19 @@ def check_file(files: StoreFiles, file: FileRecord) -> str:
     Raises:
         VerificationError: absent, of another size, or beginning with other bytes than recorded.
     """
+    see_all = f"see all damage with: kd store verify {files.url}"
     try:
-        path = files.readable(file.file)
+        path = files.fetch(Blob(file.file, file.bytes, file.xxh3_128))
         with open(path, "rb", buffering=0) as stream:
             size = stream.seek(0, 2)
             stream.seek(0)
             head = stream.read(HEAD_BYTES)
     except FileNotFoundError:
         what = "is missing"
+    except KdError as error:
+        raise type(error)(
+            f"{file.spec.label}, shard {file.shard}: {error.what}", details=error.details, fix=error.fix or see_all
+        ) from error
     else:
         if size != file.bytes:
             what = f"has {size} bytes, its record says {file.bytes}"
@@ -62,10 +67,7 @@ def check_file(files: StoreFiles, file: FileRecord) -> str:
             what = "does not begin with the recorded bytes: another file stands in its place, or it is damaged"
         else:
             return path
-    raise VerificationError(
-        f"{file.spec.label}, shard {file.shard}: {file.file} {what}",
-        fix=f"see all damage with: kd store verify {files.url}",
-    )
+    raise VerificationError(f"{file.spec.label}, shard {file.shard}: {file.file} {what}", fix=see_all)
 
 
 def proves_contiguous(path: str, layout: StoreLayout, file: FileRecord, entries: int) -> bool:
@@ -105,7 +107,7 @@ def _read_through_zarr(files: StoreFiles, layout: StoreLayout, file: FileRecord,
     try:
         metadata = json.loads(files.read(f"{spec.path}/{GROUP_FILE}"))
         _require_harmless(metadata, spec, capacity)
-        array = zarr.open_array(f"{files.root}/{spec.path}", mode="r", zarr_format=3)
+        array = zarr.open_array(files.path(spec.path), mode="r", zarr_format=3)
         values = np.asarray(array[file.shard * capacity : file.shard * capacity + entries])
     except Exception as error:  # whatever a codec raises on bytes that are not its own
         raise VerificationError(
@@ -141,17 +143,29 @@ class _Array:
         self._files, self._layout = files, layout
         self._records = catalogue.files[spec.path]
         self._entries = {shard: catalogue.allocations[shard].entries(spec) for shard in self._records}
-        self.map = self._mapped(catalogue.num_shards) if SUPPORTED else None
+        self.mapped, self.all_mapped = np.zeros(catalogue.num_shards, dtype=bool), False
+        self.map = self._mapped(catalogue.num_shards, reader.shards) if SUPPORTED else None
         self._cache: OrderedDict[int, Array] = OrderedDict()
         self._lock = threading.Lock()
 
-    def _mapped(self, num_shards: int) -> ShardMap | None:
+    def _map_of(self, shards: IntArray) -> ShardMap | None:
+        """The map when all of these shards are in it."""
+        return self.map if self.all_mapped or self.mapped[shards].all() else None
+
+    def _mapped(self, num_shards: int, wanted: Collection[int] | None) -> ShardMap | None:
         paths = {}
-        for shard, file in self._records.items():
+        records = {shard: file for shard, file in self._records.items() if wanted is None or shard in wanted}
+        blobs = [Blob(file.file, file.bytes, file.xxh3_128) for file in records.values()]
+        if not self._files.hold(blobs):
+            return None
+        self._files.fetch_all(blobs)
+        for shard, file in records.items():
             path = check_file(self._files, file)
             if not proves_contiguous(path, self._layout, file, self._entries[shard]):
                 return None
             paths[shard] = path
+        self.mapped[[*paths]] = True
+        self.all_mapped = bool(self.mapped.all())
         try:
             return ShardMap(
                 paths,
@@ -178,8 +192,9 @@ class _Array:
     def take(self, shards: IntArray, slots: IntArray, out: Array | None = None) -> Array:
         """[B, ...] entries of the example axis, as stored."""
         values = np.empty((len(shards), *self.spec.shape), self.spec.dtype) if out is None else out
-        if self.map is not None:
-            np.take(self.map.values, shards * self.map.stride + slots, axis=0, out=values, mode="clip")
+        mapped = self._map_of(shards)
+        if mapped is not None:
+            np.take(mapped.values, shards * mapped.stride + slots, axis=0, out=values, mode="clip")
         else:
             for shard in np.unique(shards).tolist():
                 mine = shards == shard
@@ -190,11 +205,12 @@ class _Array:
         """[B, T, ...] entries of the token axis, as stored; zeros after a row's end."""
         width = int(lengths.max()) if len(lengths) else 0
         values = np.empty((len(shards), width, *self.spec.shape), self.spec.dtype) if out is None else out
-        if self.map is not None:
+        mapped = self._map_of(shards)
+        if mapped is not None:
             columns = np.arange(width)
-            positions = (shards * self.map.stride + starts)[:, None] + columns
-            np.putmask(positions, columns >= lengths[:, None], len(self.map.values) - 1)
-            np.take(self.map.values, positions, axis=0, out=values, mode="clip")
+            positions = (shards * mapped.stride + starts)[:, None] + columns
+            np.putmask(positions, columns >= lengths[:, None], len(mapped.values) - 1)
+            np.take(mapped.values, positions, axis=0, out=values, mode="clip")
         else:
             values[...] = 0
             for shard in np.unique(shards).tolist():
@@ -260,10 +276,17 @@ class StoreReader:
     Args:
         store: to read.
         encodings: of signals that are asked for without one.
+        shards: that are read fast; the others, if any, one by one. None is all.
     """
 
-    def __init__(self, store: TeacherStore, encodings: Mapping[Signal, str] | None = None) -> None:
+    def __init__(
+        self,
+        store: TeacherStore,
+        encodings: Mapping[Signal, str] | None = None,
+        shards: Collection[int] | None = None,
+    ) -> None:
         self._store, self._encodings = store, dict(encodings or {})
+        self.shards = None if shards is None else frozenset(shards)
         self.files, self.layout = store.files, store.layout
         self.catalogue: Catalogue = store.catalogue()
         self.index = RowIndex(self.files, self.layout, self.catalogue.allocations)
@@ -272,7 +295,7 @@ class StoreReader:
         self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return StoreReader, (self._store, self._encodings)
+        return StoreReader, (self._store, self._encodings, self.shards)
 
     def spec(self, signal: Signal | str) -> ArraySpec:
         """How a signal is stored, in the most exact of its encodings; RefusedError when no shard holds it."""

@@ -74,7 +74,7 @@ class RegisteredView:
     def found(self, files: StoreFiles) -> str | None:
         """The first of its folders that still holds it, finished or being made; None when it is gone."""
         for path, relative in self.places:
-            beside = "" if "://" in files.url else os.path.normpath(os.path.join(files.root, relative))
+            beside = "" if "://" in files.address else os.path.normpath(os.path.join(files.address, relative))
             for folder in dict.fromkeys((path, beside)):
                 if folder and holds_view(folder, self.fingerprint):
                     return folder
@@ -129,10 +129,10 @@ def enter_view(files: StoreFiles, store: str, view: RegisteredView) -> None:
 def place_of(files: StoreFiles, folder: str | os.PathLike[str]) -> tuple[str, str]:
     """(absolute, relative to the store) of a view's folder."""
     text = os.fspath(folder)
-    if "://" in text or "://" in files.url.removeprefix("file://"):
+    if "://" in text or "://" in files.address:
         return text if "://" in text else os.path.abspath(text), ""
     path = os.path.abspath(text)
-    return path, os.path.relpath(path, os.path.abspath(files.root))
+    return path, os.path.relpath(path, files.address)
 
 
 def read_views(files: StoreFiles, store: str) -> tuple[list[RegisteredView], list[Problem]]:

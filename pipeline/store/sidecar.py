@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import xxhash
 from ..errors import KdError, RefusedError, UsageError, VerificationError, near_match
 from ..fingerprint import canonical_json, fingerprint
 from .compacted import MAX_RECORD_BYTES
-from .files import STAGING, StoreFiles, make_folders, sync_folder
+from .files import Blob, StoreFiles
 from .layout import SIDECARS
 from .records import Problem
 
@@ -56,12 +55,7 @@ class Sidecar:
 
 def list_sidecars(files: StoreFiles) -> list[str]:
     """Names of the sidecars that are there, sorted."""
-    return files.list(SIDECARS)
-
-
-def sweep(files: StoreFiles) -> None:
-    """Remove a folder that a killed process left half written. Hold the lock."""
-    shutil.rmtree(files.inside(f"{STAGING}/{SIDECARS}"), ignore_errors=True)
+    return files.complete_folders(SIDECARS, RECORD)
 
 
 def write_tensors(
@@ -134,9 +128,8 @@ def _write(
     if "/" in name:
         raise UsageError(f"sidecar {name!r}: a name has no slash in it")
     files.path(f"{SIDECARS}/{name}")  # refuses a name that is not plain
-    folder = files.inside(f"{SIDECARS}/{name}")
     with files.lock():
-        if os.path.lexists(folder):
+        if name in list_sidecars(files):
             old = read_record(files, store, name)
             if not keep_old and (old.kind, old.files) != (
                 kind,
@@ -147,21 +140,7 @@ def _write(
                     fix="give another --store; a store is never rewritten",
                 )
             return
-        sweep(files)
-        temporary = files.inside(f"{STAGING}/{SIDECARS}/{name}")
-        for file, data in {**contents, RECORD: canonical_json(record) + b"\n"}.items():
-            files.path(f"{SIDECARS}/{name}/{file}")  # refuses names that are not plain
-            path = f"{temporary}/{file}"
-            make_folders(os.path.dirname(path))
-            with open(path, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            sync_folder(os.path.dirname(path))
-        make_folders(os.path.dirname(folder))
-        os.rename(temporary, folder)
-        sync_folder(os.path.dirname(folder))
-        sweep(files)
+        files.put_folder(f"{SIDECARS}/{name}", {**contents, RECORD: canonical_json(record) + b"\n"})
 
 
 def read_record(files: StoreFiles, store: str, name: str) -> Sidecar:
@@ -202,8 +181,15 @@ def read_tensors(files: StoreFiles, store: str, name: str) -> dict[str, npt.NDAr
     sidecar = read_record(files, store, name)
     if sidecar.kind != "tensors" or set(sidecar.files) != {TENSORS}:
         raise RefusedError(f"sidecar {name!r} of store {files.url} holds files, not tensors")
-    _require_intact(files, sidecar)
-    data = files.read(sidecar.path(TENSORS), limit=MAX_SIDECAR_BYTES)
+    blob = Blob(sidecar.path(TENSORS), *sidecar.files[TENSORS])
+    try:
+        data = Path(files.fetch(blob)).read_bytes() if blob.bytes <= MAX_SIDECAR_BYTES else b""
+    except (FileNotFoundError, VerificationError):
+        data = b""
+    others = files.walk(f"{SIDECARS}/{name}") - {RECORD, TENSORS}
+    if others or (len(data), xxhash.xxh3_128_hexdigest(data)) != (blob.bytes, blob.xxh3_128):
+        _require_intact(files, sidecar)
+        raise VerificationError(f"sidecar {name!r} of store {files.url} changed while it was read")
     try:
         return {key: np.array(value) for key, value in safetensors.numpy.load(data).items()}
     except safetensors.SafetensorError as error:
@@ -214,7 +200,8 @@ def open_folder(files: StoreFiles, store: str, name: str) -> Path:
     """Folder of a file sidecar, its files checked against their checksums."""
     sidecar = read_record(files, store, name)
     _require_intact(files, sidecar)
-    return Path(files.path(f"{SIDECARS}/{name}"))
+    blobs = [Blob(sidecar.path(file), *said) for file, said in sidecar.files.items()]
+    return files.local_folder(f"{SIDECARS}/{name}", blobs)
 
 
 def _require_intact(files: StoreFiles, sidecar: Sidecar) -> None:

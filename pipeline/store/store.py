@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +19,12 @@ from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
 from .compact import LOOSE_RECORDS, Compaction, compact_records, count_loose
-from .files import LOCK_FILE, STAGING, Claim, StoreFiles
+from .files import LOCK_FILE, STAGING, Claim, StoreFiles, open_files
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
 from .keys import Keys, first_occurrences, row_keys
 from .layout import (
+    CLAIMS,
     GROUP_FILE,
     STORE_FILE,
     STORE_FORMAT,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from .verify import VerifyReport
 
 MAX_METADATA_BYTES = 16 << 20
-_BEFORE_CREATION = {LOCK_FILE, STAGING}
+_BEFORE_CREATION = {LOCK_FILE, STAGING, CLAIMS}
 """What a folder may hold in which a store was about to be created when the process was killed."""
 
 
@@ -123,18 +125,20 @@ def create_or_open(
         RefusedError: the store there has another identity or layout (each differing field is listed), or `url`
             is a folder with other things in it.
     """
-    files = StoreFiles(url)
-    if not files.exists(STORE_FILE):
-        foreign = set(files.list("")) - _BEFORE_CREATION if files.root.is_dir() else files.root.exists()
+    files = open_files(url)
+    there = files.exists(STORE_FILE)
+    if not there:
+        foreign = not files.is_empty(besides=_BEFORE_CREATION)
         # Asked again: another process may have created the store since, and be writing into it.
         if foreign and not files.exists(STORE_FILE):
             raise RefusedError(
-                f"{files.root} exists and is not a store (it has no {STORE_FILE})",
+                f"{files.address} exists and is not a store (it has no {STORE_FILE})",
                 fix="give another --store, or an empty folder",
             )
-        new_layout = layout or StoreLayout()
+    files.probe()
+    if not there:
         with files.lock():
-            files.create(STORE_FILE, store_file_bytes(identity, new_layout))
+            files.create(STORE_FILE, store_file_bytes(identity, layout or StoreLayout()))
     store = open_store(url, expect=identity)
     if layout is not None:
         store.layout.require_equal(layout, url=store.url)
@@ -164,11 +168,15 @@ def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = No
         RefusedError: no store there, written by a newer kd, or of another identity than `expect`.
         VerificationError: store.json was edited or damaged.
     """
-    files = StoreFiles(url)
+    files = open_files(url)
     try:
         data = files.read(STORE_FILE, limit=MAX_METADATA_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        what = f"has no {STORE_FILE}: it is not a store" if files.root.exists() else "does not exist"
+        what = (
+            f"has no {STORE_FILE}: it is not a store"
+            if not files.is_empty() or os.path.isdir(files.address)
+            else "does not exist"
+        )
         raise RefusedError(f"store {url} {what}", fix="make one with kd cache-teacher --store PATH") from None
     try:
         content = json.loads(data)
@@ -215,7 +223,7 @@ class TeacherStore:
         self._records = RecordReader(files, store_digest, layout)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (str(self.files.root), self.store_digest)
+        return _reopen, (self.files.address, self.store_digest)
 
     @property
     def url(self) -> str:
@@ -468,7 +476,6 @@ class TeacherStore:
 
     def sweep(self) -> None:
         """Remove what killed processes left half written. Hold the lock."""
-        sidecar.sweep(self.files)
         self.files.sweep()
 
     def prepare(self) -> None:
@@ -631,15 +638,16 @@ class TeacherStore:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def reader(self, encodings: Mapping[Signal, str] | None = None) -> StoreReader:
+    def reader(self, encodings: Mapping[Signal, str] | None = None, rows: IntArray | None = None) -> StoreReader:
         """A reader of what is committed now.
 
         Args:
             encodings: to read signals in that are asked for without one; of others, the most exact.
+            rows: those that will be read; of a remote store, only their shards are copied to this machine ahead.
         """
         from .reader import StoreReader
 
-        return StoreReader(self, encodings)
+        return StoreReader(self, encodings, None if rows is None else _shards_of(rows, self.layout))
 
     def inspect(self) -> dict[str, Any]:
         """What the store holds, for people and `--json`."""
@@ -714,8 +722,15 @@ def _shards_of(rows: IntArray, layout: StoreLayout) -> tuple[int, ...]:
     return tuple(np.unique(rows // layout.rows_per_shard).tolist())
 
 
-def _reopen(url: str, store_digest: str) -> TeacherStore:
-    store = open_store(url)
+@lru_cache(maxsize=4)
+def _records_in(address: str, store_digest: str, layout: StoreLayout) -> RecordReader:
+    return RecordReader(open_files(address), store_digest, layout)
+
+
+def _reopen(address: str, store_digest: str) -> TeacherStore:
+    store = open_store(address)
     if store.store_digest != store_digest:
-        raise RefusedError(f"the store at {url} is not the one that was there before")
+        raise RefusedError(f"the store at {address} is not the one that was there before")
+    # A dask worker opens the store once a shard; it reads the records that are there already once.
+    store._records = _records_in(address, store_digest, store.layout)
     return store

@@ -19,6 +19,7 @@ from .files import LOCK_FILE, StoreFiles
 from .index import read_index
 from .keys import row_keys
 from .layout import (
+    CLAIMS,
     COMMITS,
     GROUP_FILE,
     SIDECARS,
@@ -142,7 +143,7 @@ def unrecorded_files(store: TeacherStore, records: Iterable[Record]) -> list[str
         name
         for name in store.files.walk()
         if name not in named
-        and not name.startswith((f"{SIDECARS}/", f"{VIEWS}/"))
+        and not name.startswith((f"{SIDECARS}/", f"{VIEWS}/", f"{CLAIMS}/"))
         and os.path.basename(name) not in (STORE_FILE, LOCK_FILE, GROUP_FILE)
     )
 
@@ -214,7 +215,7 @@ def _verify_rows(store: TeacherStore, record: Record) -> list[Problem]:
     """Index and ids of a shard against its record, and the row keys in the one against the other."""
     problems = []
     try:
-        keys, lengths = read_index(store.files, record)
+        keys, lengths = read_index(store.files, record, fresh=True)
     except VerificationError as error:
         problems.append(Problem(record.shard, "index", index_file(record.shard), error.what))
     rows = []

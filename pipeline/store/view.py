@@ -78,7 +78,7 @@ class View:
     @cached_property
     def reader(self) -> StoreReader:
         """A reader of the store, as it was when this was first asked for, in the view's encodings."""
-        return self.store.reader(self.encodings)
+        return self.store.reader(self.encodings, self.rows)
 
     def check_coverage(self, signals: Iterable[Signal | str]) -> None:
         """Refuse unless every example has every signal.
@@ -170,13 +170,19 @@ def write_view(
     pq.write_table(table, buffer)
     atomic_write_bytes(Path(path) / EXAMPLES, buffer.getvalue())
     return {
-        "store": os.path.relpath(store.files.root, Path(path).resolve()),
+        "store": _address_from(Path(path), store),
         "store_identity": store.identity.digest,
         "store_digest": store.store_digest,
         "signals": [*dict.fromkeys(str(s.encoded if isinstance(s, ArraySpec) else s) for s in signals)],
         "corpus": dict(corpus or {}),
         "num_rows": len(rows_N),
     }
+
+
+def _address_from(folder: Path, store: TeacherStore) -> str:
+    """Where the store is, seen from a view: a relative path, so that both can be moved together, or a URL."""
+    address = store.files.address
+    return address if "://" in address else os.path.relpath(address, folder.resolve())
 
 
 def open_view(path: str | os.PathLike[str]) -> View:

@@ -152,9 +152,10 @@ class CacheTeacher(Stage):
     def _open_store(self) -> TeacherStore | None:
         """The store that is there; RefusedError, field by field, when it was captured from something else."""
         from ...pipeline.store import open_store
+        from ...pipeline.store.files import open_files
         from ...pipeline.store.layout import STORE_FILE
 
-        there = (Path(self.store).expanduser() / STORE_FILE).exists()
+        there = open_files(self.store).exists(STORE_FILE)
         return open_store(self.store, expect=self._identity_of_store) if there else None
 
     def outdated(self, artifact: Artifact) -> str | None:
@@ -164,7 +165,7 @@ class CacheTeacher(Stage):
 
         try:
             view = open_view(artifact.path)
-            if view.store.files.root.resolve() != Path(self.store).expanduser().resolve():
+            if not view.store.files.is_at(self.store):
                 return f"its store is {view.store.url}, not {self.store}"
             view.check_coverage(self._signals)
             if artifact.fingerprint not in {entry.fingerprint for entry in view.store.views()}:
@@ -232,10 +233,21 @@ class CacheTeacher(Stage):
     # --- the work ------------------------------------------------------------------------------------------------
 
     def run(self, context: StageContext) -> StageResult:
+        from ...pipeline.store.plan import free_bytes
+
         plan = self._plan(context)
         if self.dry_run:
             return self._dry_run(plan, context)
         plan.require_room()
+        if free_bytes(self.store) is None:
+            context.progress.info(
+                f"the room at {self.store} is not known: "
+                + (
+                    "nothing limits this capture (--max-bytes does)"
+                    if plan.max_bytes is None
+                    else "--max-bytes limits it"
+                )
+            )
         try:
             return self._capture(plan, context)
         finally:
@@ -498,7 +510,7 @@ class CacheTeacher(Stage):
             "shards_to_compute": plan.shards_to_compute,
             "bytes_by_signal": plan.bytes_of,
             "bytes_total": sum(plan.bytes_of.values()),
-            "free_bytes": free_bytes(Path(self.store).expanduser()),
+            "free_bytes": free_bytes(self.store),
             "estimated_seconds": round(seconds, 1),
             "estimated_rows_per_s": round(plan.rows_to_compute / seconds, 1) if seconds else None,
             "dry_run": True,
@@ -516,7 +528,7 @@ class CacheTeacher(Stage):
             return None
         from ...pipeline.store import format_bytes
 
-        bytes_of = summary["bytes_by_signal"]
+        bytes_of, free = summary["bytes_by_signal"], summary["free_bytes"]
         width = max(map(len, (*bytes_of, "in all, of")), default=0)
         lines = [
             f"cache-teacher --dry-run: nothing was written (store {self.store})",
@@ -529,7 +541,7 @@ class CacheTeacher(Stage):
             "  bytes",
             *(f"    {name:<{width}}  {format_bytes(size):>8}" for name, size in bytes_of.items()),
             f"    {'in all':<{width}}  {format_bytes(summary['bytes_total']):>8}  "
-            f"({format_bytes(summary['free_bytes'])} free)",
+            + ("" if free is None else f"({format_bytes(free)} free)"),
         ]
         return "\n".join(lines)
 
@@ -609,7 +621,7 @@ class Plan:
         """RefusedError when it is larger than the budget or the free disk."""
         from ...pipeline.store import require_room
 
-        require_room(self.bytes_of, url=Path(self.url).expanduser(), max_bytes=self.max_bytes)
+        require_room(self.bytes_of, url=self.url, max_bytes=self.max_bytes)
 
 
 def _recoded(store: TeacherStore, missing: Mapping[int, Sequence[ArraySpec]]) -> frozenset[int]:

@@ -32,11 +32,11 @@ def restore_store_file(
         damage: as given, when there is no store at `url` at all.
         VerificationError: nothing that is known has the digest in the records.
     """
-    from ...pipeline.store.files import StoreFiles
+    from ...pipeline.store.files import open_files
     from ...pipeline.store.layout import STORE_FILE
     from ...pipeline.store.records import stores_named
 
-    files = StoreFiles(url)
+    files = open_files(url)
     named = stores_named(files)
     if not named:
         raise damage

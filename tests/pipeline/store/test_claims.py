@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kd.pipeline.store import create_or_open, open_store
@@ -55,12 +56,12 @@ def test_a_claim_dies_with_its_process_and_outlives_the_sweep_of_another_writer(
     with store.claim(1) as claim:
         assert claim is not None
     create_or_open(store.url, identity)
-    assert not any((store.files.root / ".staging").iterdir()), "a claim was left behind"
+    assert not any(Path(store.url, ".staging").iterdir()), "a claim was left behind"
 
 
 def test_what_a_killed_holder_leaves_is_swept(make_store: Callable[..., Any], identity: Any) -> None:
     store, *_ = make_store()
-    left = store.files.root / ".staging" / "claim~00000007"
+    left = Path(store.url, ".staging", "claim~00000007")
     left.write_bytes(b"")
     create_or_open(store.url, identity)
     assert not left.exists()

@@ -151,7 +151,7 @@ def test_huge_small_files_are_refused_before_they_are_read(store: TeacherStore) 
 )
 def test_names_that_are_not_plain_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RefusedError, match="not the name of a file inside a store"):
-        files.StoreFiles(tmp_path).path(name)
+        files.open_files(tmp_path).path(name)
 
 
 @pytest.mark.parametrize("where", ["file", "folder", "store.json", "commits"])

@@ -152,9 +152,7 @@ def test_a_folder_with_other_things_in_it_is_not_made_a_store(tmp_path: Path, id
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_only_local_paths_are_stores_so_far(tmp_path: Path, identity, tools) -> None:
-    with pytest.raises(RefusedError, match="not a local path"):
-        create_or_open("memory://store", identity)
+def test_a_file_url_is_the_local_path(tmp_path: Path, identity, tools) -> None:
     store = create_or_open(f"file://{tmp_path}/s", identity)
     assert store.allocate(tools.make_rows(3)[0]).num_new == 3
     assert open_store(tmp_path / "s").digest() == store.digest()

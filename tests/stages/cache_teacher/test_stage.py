@@ -116,7 +116,7 @@ def test_a_view_whose_store_is_gone_or_elsewhere_is_made_again(bench: Any, sente
     assert not again.skipped and again.summary["rows_computed"] == 30
     other = bench.capture(corpus, store=str(bench.folder / "other"))
     assert not other.skipped
-    assert open_view(bench.folder / "view").store.files.root == bench.folder / "other"
+    assert open_view(bench.folder / "view").store.files.address == str(bench.folder / "other")
 
 
 # --- what is in the store ----------------------------------------------------------------------------------------

@@ -360,10 +360,10 @@ def test_what_computes_otherwise_is_reported_and_committed_only_when_told(
 def test_killed_between_record_and_file_of_an_accepted_repair_the_rerun_finishes_it(
     store: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kd.pipeline.store.files import StoreFiles
+    from kd.pipeline.store.files import LocalFiles
     from kd.stages.cache_teacher.capture import CaptureJob
 
-    original, write = CaptureJob.fill, StoreFiles.write
+    original, write = CaptureJob.fill, LocalFiles.write
 
     def noisy(self: Any, writer: Any, specs: Any, advance: Any) -> Any:
         done = original(self, writer, specs, advance)
@@ -379,10 +379,10 @@ def test_killed_between_record_and_file_of_an_accepted_repair_the_rerun_finishes
 
     flip(store / "logits/c/1/0", 3)
     monkeypatch.setattr(CaptureJob, "fill", noisy)
-    monkeypatch.setattr(StoreFiles, "write", killed)
+    monkeypatch.setattr(LocalFiles, "write", killed)
     with pytest.raises(Killed):
         repair(store, tiny_teacher, accept_recomputed=True)
-    monkeypatch.setattr(StoreFiles, "write", write)
+    monkeypatch.setattr(LocalFiles, "write", write)
     assert [problem.file for problem in verify_store(str(store)).problems] == ["logits/c/1/0"]
     again = repair(store, tiny_teacher)
     assert again.failure is None and again.summary["accepted"] == []
