@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from ..artifact import kd_version, open_artifact
 from ..errors import RefusedError, VerificationError
-from . import sidecar
 from .compact import compact_records
 from .files import STAGING
 from .layout import INDEX, array_label, parse_shard_file
@@ -112,7 +111,6 @@ def collect_garbage(
         _drop(store, reader, catalogue, garbage.files)
         files.remove(*(name for name, _ in garbage.leftovers))
         files.remove(*(f"views/{fingerprint}.json" for fingerprint in garbage.gone))
-        sidecar.sweep(files)
         files.sweep()
     return garbage
 
