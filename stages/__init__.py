@@ -26,6 +26,7 @@ COMMANDS = {
     "store repair": ".store.repair:RepairStore",
     "store compact": ".store.compact:CompactStore",
     "store gc": ".store.gc:CollectStore",
+    "store merge": ".store.merge:MergeStores",
     "store plan": ".store.plan:PlanStore",
     "methods": ".listings:ListMethods",
     "students": ".listings:ListStudents",
