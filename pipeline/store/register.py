@@ -178,6 +178,15 @@ def _decode(data: bytes, *, name: str, store: str) -> RegisteredView:
     return view
 
 
+def is_view(data: bytes, *, name: str, store: str) -> bool:
+    """Whether these are the bytes of the entry with that file name."""
+    try:
+        _decode(data, name=name, store=store)
+    except ValueError:
+        return False
+    return True
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")

@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import KdError
 from .files import Buffer
 from .layout import GROUP_FILE, array_label, group_metadata, metadata_bytes
 from .records import FileRecord, Record, RecordReader, build_catalogue, live_files
+from .register import is_view, read_views
 
 if TYPE_CHECKING:
     from .store import TeacherStore
@@ -132,6 +134,26 @@ def repair_metadata(store: TeacherStore, records: Iterable[Record], outcome: Out
     for problem in verify_groups(store, specs.values()):
         store.files.write(problem.file, [metadata_bytes(group_metadata())])
         outcome.restore(None, problem.signal, problem.file, "a group has no content of its own")
+
+
+def repair_views(store: TeacherStore, outcome: Outcome) -> None:
+    """Restore damaged entries of the register of views, each of which holds its own digest; hold the lock."""
+    for problem in read_views(store.files, store.store_digest)[1]:
+        name = os.path.basename(problem.file)
+        try:
+            data = store.files.read(problem.file)
+        except (KdError, OSError):
+            data = b""
+        found = undo_flip(data, partial(is_view, name=name, store=store.store_digest))
+        if found is None:
+            outcome.lose(
+                problem.file,
+                "run the kd cache-teacher command of that view again, which enters it anew; or delete the file, and "
+                "kd store gc takes the view for gone",
+            )
+        else:
+            store.files.write(problem.file, [found])
+            outcome.restore(None, problem.signal, problem.file, "it has the digest that it names")
 
 
 def _declared(store: TeacherStore, path: str) -> int:

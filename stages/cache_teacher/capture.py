@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .runner import Runner
+    from .stage import Plan
 
 CALIBRATION_TOKENS = 4096
 
@@ -122,6 +124,10 @@ class CaptureJob:
             advance(len(batch.slots))
         return len(rows.rows), runner.num_halved - halved_before
 
+    def runner(self, signals: Mapping[Signal, str]) -> Runner:
+        """The teacher of this process, giving these signals in these dtypes."""
+        return _loaded_teacher(self).runner(signals)
+
     def finish(self, computed: ComputedShard | None) -> CapturedShard:
         """Commit the shard, and give its claim back."""
         if computed is None:
@@ -132,6 +138,29 @@ class CaptureJob:
         return CapturedShard(
             computed.rows, written, computed.num_halved, rows_recoded=0 if computed.rows else computed.writer.num_rows
         )
+
+
+def job_for(
+    store: TeacherStore, teacher: Teacher, *, device: str | None, specs: tuple[ArraySpec, ...] = ()
+) -> CaptureJob:
+    """The job that runs a store's own teacher as its capture did; the teacher is at hand in this process.
+
+    Args:
+        device: where to run; None is a GPU where there is one.
+    """
+    from .teacher import resolve_device
+
+    job = CaptureJob(
+        store=store,
+        teacher=str(teacher.folder) if Path(teacher.source).expanduser().is_dir() else teacher.source,
+        trust_remote_code=teacher.trust_remote_code,
+        tensors=teacher.tensor_digest,
+        dtype=str(store.identity.capture["dtype"]),
+        device=resolve_device(device),
+        specs=specs,
+    )
+    keep_teacher(job, teacher)
+    return job
 
 
 def computed_dtypes(specs: Iterable[ArraySpec]) -> dict[Signal, str]:
@@ -238,19 +267,15 @@ def worker_environments(device: str) -> Sequence[Mapping[str, str]]:
 # --- estimate ----------------------------------------------------------------------------------------------------
 
 
-def measure_rate(
-    teacher: Teacher,
-    token_ids: Ragged,
-    segment_ids: Ragged,
-    specs: Iterable[ArraySpec],
-    *,
-    batch_tokens: int,
-    dtype: str,
-    device: str,
-) -> float:
+def measure_rate(teacher: Teacher, plan: Plan, *, dtype: str, device: str) -> float:
     """Tokens per second of the teacher, from one batch of typical rows of what is to be computed."""
-    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(computed_dtypes(specs))
-    batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, batch_tokens))
+    if plan.preview.num_new or plan.store is None:
+        token_ids, segment_ids = plan.encoded.token_ids, plan.encoded.segment_ids
+    else:
+        rows = plan.store.read_tokens(next(iter(plan.missing)))
+        token_ids, segment_ids = rows.token_ids, rows.segment_ids
+    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(computed_dtypes(plan.specs))
+    batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, plan.layout.batch_tokens))
     best = float("inf")
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()

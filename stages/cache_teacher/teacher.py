@@ -24,7 +24,7 @@ from .identity import behaviour_config, code_digest, code_references, tensor_dig
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...pipeline.store import StoreIdentity
+    from ...pipeline.store import StoreIdentity, TeacherStore
 
 TASK_OF_PROBLEM = {
     "single_label_classification": "single-label",
@@ -308,6 +308,13 @@ def store_identity(teacher: Teacher, *, max_length: int, dtype: str) -> StoreIde
             "problem_type": teacher.problem_type,
         },
     )
+
+
+def require_teacher_of(store: TeacherStore, teacher: Teacher) -> None:
+    """RefusedError, field by field, when the teacher is not the one that a store is of."""
+    capture = store.identity.capture
+    expected = store_identity(teacher, max_length=int(capture["max_length"]), dtype=str(capture["dtype"]))
+    store.identity.require_equal(expected, url=store.url)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------

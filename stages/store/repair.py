@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError, VerificationError
@@ -84,15 +83,6 @@ class RepairStore(Stage):
             return None
         return describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
 
-    def _require_its_teacher(self, store: TeacherStore) -> None:
-        """RefusedError, field by field, when the teacher is not the one that the store is of."""
-        from ..cache_teacher.teacher import store_identity
-
-        if self._teacher is not None:
-            capture = store.identity.capture
-            expected = store_identity(self._teacher, max_length=int(capture["max_length"]), dtype=str(capture["dtype"]))
-            store.identity.require_equal(expected, url=store.url)
-
     def _open(self, outcome: Outcome) -> TeacherStore:
         """The store; one whose store.json is damaged or missing gets it back if that can be proven."""
         from ...pipeline.store import open_store
@@ -112,10 +102,12 @@ class RepairStore(Stage):
     def run(self, context: StageContext) -> StageResult:
         from ...pipeline.store.repair import Outcome
         from ..cache_teacher.capture import forget_teachers
+        from ..cache_teacher.teacher import require_teacher_of
 
         outcome = Outcome()
         store = self._open(outcome)
-        self._require_its_teacher(store)
+        if self._teacher is not None:
+            require_teacher_of(store, self._teacher)
         report, died = verify_with(self.store, context, workers=self.workers, cluster=self.cluster)
         if died:
             raise IncompleteError(f"{len(died)} shards could not be checked, so nothing was repaired", details=died)
@@ -131,7 +123,7 @@ class RepairStore(Stage):
     def _repair(
         self, store: TeacherStore, problems: Sequence[Problem], outcome: Outcome, context: StageContext
     ) -> StageResult:
-        from ...pipeline.store.repair import repair_metadata, sound_records
+        from ...pipeline.store.repair import repair_metadata, repair_views, sound_records
         from ...pipeline.store.repair_records import repair_records, unrecorded_specs
         from ...pipeline.store.repair_rows import repair_rows
         from ...pipeline.store.verify import verify_store
@@ -151,6 +143,7 @@ class RepairStore(Stage):
             allocations = [record for record in records if record.index is not None]
             repair_rows(store, allocations, shards, inputs, outcome)
             repair_metadata(store, records, outcome)
+            repair_views(store, outcome)
             unrecorded = unrecorded_specs(store, records) if self._teacher is not None else {}
         self._repair_sidecars(store, problems, outcome)
         computed = self._repair_signals(store, shards, unrecorded, outcome, context)
@@ -226,8 +219,7 @@ class RepairStore(Stage):
     ) -> list[RepairedShard]:
         """Run the teacher on shards with damaged or unrecorded signals, and put its files in their places."""
         from ...pipeline.store.repair import damaged_files, has_sound_rows, sound_records
-        from ..cache_teacher.capture import CaptureJob, keep_teacher, worker_environments
-        from ..cache_teacher.teacher import resolve_device
+        from ..cache_teacher.capture import job_for, worker_environments
 
         records = sound_records(store)
         damaged = damaged_files(store, (record for record in records if record.shard in shards))
@@ -244,16 +236,8 @@ class RepairStore(Stage):
         if not damaged and not unrecorded:
             return []
         teacher = self._teacher
-        assert teacher is not None and self.teacher is not None
-        capture = CaptureJob(
-            store=store,
-            teacher=str(teacher.folder) if Path(self.teacher).expanduser().is_dir() else self.teacher,
-            trust_remote_code=self.trust_remote_code,
-            tensors=teacher.tensor_digest,
-            dtype=str(store.identity.capture["dtype"]),
-            device=resolve_device(self.device),
-            specs=(),
-        )
+        assert teacher is not None
+        capture = job_for(store, teacher, device=self.device)
         job = RepairJob(
             capture,
             {shard: tuple(file.spec for file in files) for shard, files in damaged.items()},
@@ -261,8 +245,6 @@ class RepairStore(Stage):
             self.accept_recomputed,
         )
         here = self.cluster == "none" or (self.workers == 1 and self.cluster is None)
-        if here:
-            keep_teacher(capture, teacher)
         numbers = sorted({*damaged, *unrecorded})
         rows = sum(record.rows for record in records if record.index and record.shard in numbers)
         task = context.progress.task("repairing", total=rows, unit="rows")

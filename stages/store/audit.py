@@ -1,0 +1,489 @@
+"""`kd store audit`: the teacher asked again about a few rows, and its answers compared with what is stored."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...pipeline.errors import KdError, UsageError, VerificationError
+from ...pipeline.stage import Stage, StageContext, StageResult, option
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ...pipeline.store import ArraySpec, Signal, TeacherStore, View
+    from ...pipeline.store.sequential import SequentialTest
+    from ...pipeline.store.store import ShardRows
+    from ..cache_teacher.runner import Runner
+    from ..cache_teacher.teacher import Teacher
+
+    Array = npt.NDArray[Any]
+
+ROUND = 8
+"""Rows that are compared between two looks at the verdict, and that make one batch of another composition."""
+NOISE_MARGIN = 10.0
+"""Times the largest difference that the company in a batch makes."""
+LEAST_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+"""Of the largest number of a signal, by compute dtype: what another kind of machine may differ by. Another row's values
+differ by about as much as the numbers are large."""
+SHARDS_KEPT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditStore(Stage):
+    """Finds a store that was written wrongly, whose checksums fit."""
+
+    command: ClassVar[str] = "store audit"
+    summary_line: ClassVar[str] = "Run the teacher again on a sample of rows, and compare; exit code 4 if they differ."
+    on_interrupt: ClassVar[str] = "nothing was changed; the same command starts again"
+
+    store: str = option(help="The store.", positional=True, metavar="STORE")
+    teacher: str = option(help="The store's teacher.", metavar="PATH|ID")
+    trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.")
+    device: str | None = option(None, help="Where the teacher runs; cuda where there is one.", metavar="DEVICE")
+    view: tuple[str, ...] = option(
+        (), help="Views whose texts are tokenised again; those the store knows of.", metavar="VIEW"
+    )
+    max_rows: int = option(64, help="At most this many rows.", metavar="N")
+    bad_share: float = option(
+        0.05, help="The share of bad rows that must not be missed; 0.05 takes 59 rows.", metavar="SHARE"
+    )
+    seed: int = option(0, help="Which rows are drawn.", metavar="N")
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise UsageError(f"--max-rows {self.max_rows}: at least one row is needed")
+        if not 0.0001 <= self.bad_share <= 0.5:
+            raise UsageError(f"--bad-share {self.bad_share}: a share is 0.0001 to 0.5")
+
+    def run(self, context: StageContext) -> StageResult:
+        from ...pipeline.store import open_store
+        from ...pipeline.store.sequential import SequentialTest
+        from ..cache_teacher.capture import forget_teachers
+        from ..cache_teacher.teacher import describe_teacher, require_teacher_of
+
+        store = open_store(self.store)
+        teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+        require_teacher_of(store, teacher)
+        texts = SequentialTest(self.bad_share)
+        checked = _check_texts(store, teacher, self._views(store), texts, self.max_rows, self.seed)
+        rows = SequentialTest(self.bad_share)
+        try:
+            audit = _Audit(store, teacher, self.device, rows)
+            task = context.progress.task("auditing", total=min(self.max_rows, rows.rows_needed), unit="rows")
+            for chosen in _rounds(store, self.max_rows, self.seed):
+                audit.compare(chosen)
+                task.advance(len(chosen))
+                if rows.verdict is not None:
+                    break
+            task.done()
+        finally:
+            forget_teachers()
+            teacher.unload()
+        summary = {
+            "url": store.url,
+            "ok": not audit.bad and not checked.bad,
+            "verdict": _verdict(rows, audit, texts, checked),
+            "rows": len(audit.seen),
+            "rows_in_store": audit.num_rows,
+            "bad_rows": audit.bad,
+            "signals": {name: figures.to_json() for name, figures in sorted(audit.figures.items())},
+            "texts": {"checked": checked.count, "by": checked.by, "bad": checked.bad},
+            "confidence": 0.95,
+            "bad_share": self.bad_share,
+        }
+        return StageResult(summary=summary, failure=_failure(store, summary))
+
+    def _views(self, store: TeacherStore) -> list[View]:
+        """The views given, or those that the store knows of and that are there."""
+        from ...pipeline.store import open_view
+        from ...pipeline.store.register import read_views
+
+        if self.view:
+            views = [open_view(path) for path in self.view]
+            for view in views:
+                if view.store.store_digest != store.store_digest:
+                    raise UsageError(f"view {view.path} is of another store ({view.store.url})")
+            return views
+        found = []
+        for registered in read_views(store.files, store.store_digest)[0]:
+            folder = registered.found(store.files)
+            if folder is not None:
+                try:
+                    found.append(open_view(folder))
+                except KdError:
+                    continue  # moved, or being made: its texts are somebody else's to check
+        return found
+
+    def report(self, summary: Mapping[str, Any]) -> str:
+        lines = [
+            f"store {summary['url']}: {summary['rows']} of {summary['rows_in_store']:,} rows compared: "
+            f"{summary['verdict']}",
+            f"  {'signal':<24} {'largest error':>14} {'mean':>10}   {'noise of batches':>16} {'mean':>10}",
+        ]
+        for name, said in summary["signals"].items():
+            lines.append(
+                f"  {name:<24} {said['error_max']:>14.3g} {said['error_mean']:>10.3g}   "
+                f"{said['noise_max']:>16.3g} {said['noise_mean']:>10.3g}"
+            )
+            if "kl" in said:
+                lines.append(
+                    f"  {'':<24} KL {said['kl']:.3g} nats (noise {said['noise_kl']:.3g}), "
+                    f"same label {said['same_label']:.1%} (noise {said['noise_same_label']:.1%})"
+                )
+        texts = summary["texts"]
+        lines.append(f"  texts: {texts['checked']} {texts['by']}, {len(texts['bad'])} bad")
+        return "\n".join(lines)
+
+
+def _verdict(rows: SequentialTest, audit: _Audit, texts: SequentialTest, checked: _Checked) -> str:
+    if audit.bad or checked.bad:
+        return f"{len(audit.bad)} rows are not what the teacher says" if audit.bad else "the tokenizer is another one"
+    if len(audit.seen) == audit.num_rows:
+        return "every row is what the teacher says"
+    if rows.verdict:
+        return f"at 95 % confidence, fewer than {rows.bad_share:.3g} of its rows are bad"
+    bound = 1 - 0.05 ** (1 / max(1, len(audit.seen)))
+    return f"none of these is bad; fewer than {bound:.2g} of all are, at 95 % confidence"
+
+
+def _failure(store: TeacherStore, summary: Mapping[str, Any]) -> KdError | None:
+    if summary["ok"]:
+        return None
+    lines = [
+        f"row {bad['row']} (shard {bad['shard']}, slot {bad['slot']}): {bad['signal']} differs by {bad['error']:.3g}, "
+        f"where {bad['tolerance']:.3g} can be explained"
+        for bad in summary["bad_rows"][:20]
+    ]
+    lines += [f"{bad['what']}" for bad in summary["texts"]["bad"][:10]]
+    return VerificationError(
+        f"store {store.url} does not hold what its teacher says",
+        details=lines,
+        fix="capture the corpus again into a new store, and use that",
+    )
+
+
+# --- rows against the teacher ------------------------------------------------------------------------------------
+
+
+def _rounds(store: TeacherStore, max_rows: int, seed: int) -> Iterator[Array]:
+    """Row numbers, drawn from all rows that have a signal without putting any back, a few at a time."""
+    import numpy as np
+
+    catalogue, width = store.catalogue(), store.layout.rows_per_shard
+    captured = {
+        shard
+        for path, files in catalogue.files.items()
+        if catalogue.specs[path].signal.name in _kinds()
+        for shard in files
+    }
+    shards = [record for record in catalogue.allocations if record.shard in captured]
+    ends = np.cumsum([record.rows for record in shards], dtype=np.int64)
+    if not len(ends):
+        return
+    drawn = np.random.default_rng(seed).choice(int(ends[-1]), size=min(max_rows, int(ends[-1])), replace=False)
+    at = np.searchsorted(ends, drawn, side="right")
+    numbers = np.array([record.shard for record in shards])[at] * width
+    numbers += drawn - np.concatenate([[0], ends])[at]
+    for start in range(0, len(numbers), ROUND):
+        yield numbers[start : start + ROUND]
+
+
+def _kinds() -> Sequence[str]:
+    from ...pipeline.store import SIGNALS
+
+    return [*SIGNALS]
+
+
+@dataclass
+class _Figures:
+    """What was found about one signal in one encoding, over the rows looked at."""
+
+    encoding: str
+    errors: list[float] = field(default_factory=list)
+    noises: list[float] = field(default_factory=list)
+    mean_errors: list[float] = field(default_factory=list)
+    mean_noises: list[float] = field(default_factory=list)
+    scale: float = 0.0
+    encoding_error: float = 0.0
+    divergences: list[tuple[float, float]] = field(default_factory=list)
+    same: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "encoding": self.encoding,
+            "rows": len(self.errors),
+            "error_max": max(self.errors, default=0.0),
+            "error_mean": _mean(self.mean_errors),
+            "noise_max": max(self.noises, default=0.0),
+            "noise_mean": _mean(self.mean_noises),
+            "encoding_error": self.encoding_error,
+            "largest_number": self.scale,
+        }
+        if self.divergences:
+            said["kl"], said["noise_kl"] = (_mean([pair[which] for pair in self.divergences]) for which in (0, 1))
+            said["same_label"], said["noise_same_label"] = (
+                _mean([float(pair[which]) for pair in self.same]) for which in (0, 1)
+            )
+        return said
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+class _Audit:
+    """Rows of a store, run again in the batches they were captured in, and in others.
+
+    In its own batch a row must come out as it is stored, but for its encoding and the machine. In other company its
+    last bits move; how far is the noise that the teacher itself makes, on the same rows.
+    """
+
+    def __init__(self, store: TeacherStore, teacher: Teacher, device: str | None, test: SequentialTest) -> None:
+        from ..cache_teacher.capture import job_for
+
+        self.store, self.reader, self.test = store, store.reader(), test
+        catalogue = self.reader.catalogue
+        self.num_rows = sum(record.rows for record in catalogue.allocations)
+        self.specs: list[ArraySpec] = [
+            spec for spec in catalogue.specs.values() if spec.signal.name in _kinds() and not spec.part
+        ]
+        self.figures = {spec.label: _Figures(spec.encoding) for spec in self.specs}
+        self.seen: list[int] = []
+        self.bad: list[dict[str, Any]] = []
+        self._dtype = str(store.identity.capture["dtype"])
+        self._single_label = store.identity.capture.get("problem_type") == "single_label_classification"
+        job = job_for(store, teacher, device=device)
+        self._runner: Runner = job.runner({spec.signal: "float32" for spec in self.specs})
+        self._shards: OrderedDict[int, ShardRows] = OrderedDict()
+
+    def compare(self, chosen: Array) -> None:
+        """Look at a few rows."""
+        places = [divmod(int(row), self.store.layout.rows_per_shard) for row in chosen]
+        own, other = self._in_own_batches(places), self._in_another_batch(places)
+        measured = [
+            [self._measure(spec, int(row), own[at], other[at]) for at, row in enumerate(chosen)] for spec in self.specs
+        ]
+        for at, row in enumerate(chosen.tolist()):
+            wrong = []
+            for spec, found in zip(self.specs, measured, strict=True):
+                if (error := found[at]) is None:
+                    continue
+                tolerance = self._tolerance(spec)
+                # Written so that a NaN is bad.
+                if not error <= tolerance:
+                    shard, slot = places[at]
+                    wrong.append(
+                        {
+                            "row": row, "shard": shard, "slot": slot, "signal": spec.label, "error": error,
+                            "tolerance": tolerance,
+                        }
+                    )  # fmt: skip
+            self.bad += wrong
+            self.seen.append(row)
+            self.test.add(bool(wrong))
+
+    def _tolerance(self, spec: ArraySpec) -> float:
+        figures = self.figures[spec.label]
+        noise = max(figures.noises, default=0.0)
+        # Twice: noise moves a number across a step of its encoding.
+        return max(NOISE_MARGIN * noise, LEAST_TOLERANCE[self._dtype] * figures.scale) + 2 * figures.encoding_error
+
+    def _measure(
+        self, spec: ArraySpec, row: int, own: Mapping[Signal, Array], other: Mapping[Signal, Array]
+    ) -> float | None:
+        """The largest difference between stored and live; None where the signal is not stored for the row."""
+        import numpy as np
+
+        from ...pipeline.store.codec import decode, encode
+
+        signal = spec.encoded
+        if not self.reader.has(signal, [row])[0]:
+            return None
+        if spec.axis == "token":
+            stored = self.reader.gather_tokens(signal, [row])[0][0].astype(np.float64)
+        else:
+            stored = self.reader.gather(signal, [row]).astype(np.float64)
+        live, elsewhere = own[spec.signal], other[spec.signal]
+        error, noise = np.abs(stored - live), np.abs(live - elsewhere)
+        figures = self.figures[spec.label]
+        figures.errors.append(float(error.max()))
+        figures.mean_errors.append(float(error.mean()))
+        figures.noises.append(float(noise.max()))
+        figures.mean_noises.append(float(noise.mean()))
+        figures.scale = max(figures.scale, float(np.abs(live).max()))
+        kept = decode(spec.encoding, encode(spec.encoding, live)).astype(np.float64)
+        figures.encoding_error = max(figures.encoding_error, float(np.abs(kept - live).max()))
+        if spec.signal.name == "logits" and self._single_label and stored.shape[-1] > 1:
+            figures.divergences.append((_divergence(live[0], stored[0]), _divergence(live[0], elsewhere[0])))
+            figures.same.append((live[0].argmax() == stored[0].argmax(), live[0].argmax() == elsewhere[0].argmax()))
+        return figures.errors[-1]
+
+    # --- running the teacher -------------------------------------------------------------------------------------
+
+    def _in_own_batches(self, places: Sequence[tuple[int, int]]) -> list[Mapping[Signal, Array]]:
+        """Per row, what the teacher says in the very batch in which the row was captured."""
+        from ..cache_teacher.runner import plan_batches
+
+        values: dict[tuple[int, int], Mapping[Signal, Array]] = {}
+        for shard, slot in places:
+            if (shard, slot) in values:
+                continue
+            rows = self._rows(shard)
+            batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
+            batch = next(slots for slots in batches if (slots == slot).any())
+            wanted = [other for other in places if other[0] == shard and (batch == other[1]).any()]
+            values |= self._run(rows, batch, wanted)
+        return [values[place] for place in places]
+
+    def _in_another_batch(self, places: Sequence[tuple[int, int]]) -> list[Mapping[Signal, Array]]:
+        """Per row, what the teacher says when these rows, of many shards, are one batch."""
+        import numpy as np
+
+        from ...pipeline.ragged import Ragged
+        from ...pipeline.store.store import ShardRows
+
+        parts = [(self._rows(shard), slot) for shard, slot in places]
+        together = ShardRows(
+            -1,
+            np.arange(len(places)),
+            Ragged.concatenate([rows.token_ids.take([slot]) for rows, slot in parts]),
+            Ragged.concatenate([rows.segment_ids.take([slot]) for rows, slot in parts]),
+        )
+        found = self._run(together, np.arange(len(places)), [(-1, at) for at in range(len(places))])
+        return [found[-1, at] for at in range(len(places))]
+
+    def _run(
+        self, rows: ShardRows, batch: Array, wanted: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], Mapping[Signal, Array]]:
+        """One batch, and of it the rows wanted, by (shard, slot): [1, ...] per example, [tokens, ...] per token."""
+        from ...pipeline.ragged import offsets_of
+
+        found: dict[tuple[int, int], dict[Signal, Array]] = {}
+        for part in self._runner.run(rows.token_ids, rows.segment_ids, [batch]):
+            ends = offsets_of(rows.token_ids.lengths[part.slots])
+            for shard, slot in wanted:
+                for at in (part.slots == slot).nonzero()[0].tolist():
+                    found[shard, slot] = {
+                        signal: values[at : at + 1]
+                        if signal.kind.axis == "example"
+                        else values[int(ends[at]) : int(ends[at + 1])]
+                        for signal, values in part.values.items()
+                    }
+        return dict(found)
+
+    def _rows(self, shard: int) -> ShardRows:
+        rows = self._shards.pop(shard, None) or self.store.read_tokens(shard)
+        self._shards[shard] = rows
+        while len(self._shards) > SHARDS_KEPT:
+            self._shards.popitem(last=False)
+        return rows
+
+
+def _divergence(live: Array, other: Array) -> float:
+    """KL(live || other) of two rows of logits, in nats."""
+    import numpy as np
+
+    first, second = (
+        row - (row.max() + np.log(np.exp(row - row.max()).sum())) for row in (live.astype(np.float64), other)
+    )
+    return float((np.exp(first) * (first - second)).sum())
+
+
+# --- texts against the tokenizer ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Checked:
+    """How the token ids were compared with the tokenizer."""
+
+    count: int
+    by: str
+    bad: list[dict[str, Any]]
+
+
+def _check_texts(
+    store: TeacherStore, teacher: Teacher, views: Sequence[View], test: SequentialTest, max_rows: int, seed: int
+) -> _Checked:
+    """Tokenise the texts of some examples again, and compare row keys with those of the store."""
+    import numpy as np
+
+    from ...pipeline.store import row_keys
+    from ..cache_teacher.tokenize import encode
+
+    ends = np.cumsum([len(view) for view in views], dtype=np.int64)
+    if not len(ends) or not ends[-1]:
+        return _check_round_trip(store, teacher, test, max_rows, seed)
+    drawn = np.random.default_rng(seed).choice(int(ends[-1]), size=min(max_rows, int(ends[-1])), replace=False)
+    longest = int(store.identity.capture["max_length"])
+    reader, bad, count = store.reader(), [], 0
+    for number, view in enumerate(views):
+        at = drawn[np.searchsorted(ends, drawn, side="right") == number] - (ends[number] - len(view))
+        if not len(at):
+            continue
+        examples = view.examples.take(at)
+        second = examples["text_b"].to_pylist()
+        texts_b = None if second[0] is None else second
+        ids, segments = encode(teacher.tokenizer, examples["text_a"].to_pylist(), texts_b, longest)
+        differ = (row_keys(ids, segments) != reader.row_keys(view.rows[at])).any(axis=1)
+        for example, is_bad in zip(at.tolist(), differ.tolist(), strict=True):
+            if test.verdict is not None:
+                break
+            test.add(is_bad)
+            count += 1
+            if is_bad:
+                row = int(view.rows[example])
+                bad.append(
+                    {
+                        "row": row,
+                        "what": f"row {row}: the tokenizer reads the text of example {example} of view {view.path} "
+                        "as other token ids than the store holds for it",
+                    }
+                )
+    return _Checked(count, "texts of views tokenised again", bad)
+
+
+def _check_round_trip(
+    store: TeacherStore, teacher: Teacher, test: SequentialTest, max_rows: int, seed: int
+) -> _Checked:
+    """Without texts: token ids turned into text and back.
+
+    Not every tokenizer gives back every row (unknown words, unusual spaces), but its own rows mostly come back, and
+    those of another mostly do not.
+    """
+    tokenizer = teacher.tokenizer
+    special, longest = set(tokenizer.all_special_ids), int(store.identity.capture["max_length"])
+    empty = tokenizer("")["input_ids"]
+    bad, count = [], 0
+    for chosen in _rounds(store, max_rows, seed):
+        for row in chosen.tolist():
+            shard, slot = divmod(row, store.layout.rows_per_shard)
+            ids = store.read_tokens(shard).token_ids[slot].tolist()
+            if tokenizer.unk_token_id in ids or len(ids) >= longest:
+                continue
+            count += 1
+            parts = _between(ids, special)
+            texts = [tokenizer.decode(part) for part in parts]
+            again = tokenizer(*texts)["input_ids"] if 1 <= len(texts) <= 2 else []
+            if again != ids:
+                framed = len(empty) < 2 or (ids[0], ids[-1]) == (empty[0], empty[-1])
+                reason = (
+                    "does not come back from text" if framed else "does not begin and end as the tokenizer's rows do"
+                )
+                bad.append({"row": row, "what": f"row {row} (shard {shard}, slot {slot}): {reason}"})
+    if len(bad) * 2 <= count:
+        bad = []
+    return _Checked(count, "rows turned into text and back (no view of the store was found)", bad)
+
+
+def _between(ids: Sequence[int], special: set[int]) -> list[list[int]]:
+    """The runs of ids that are not special."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token in special:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [part for part in parts if part]
