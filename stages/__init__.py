@@ -27,6 +27,8 @@ COMMANDS = {
     "store audit": ".store.audit:AuditStore",
     "store compact": ".store.compact:CompactStore",
     "store gc": ".store.gc:CollectStore",
+    "store merge": ".store.merge:MergeStores",
+    "store plan": ".store.plan:PlanStore",
     "methods": ".listings:ListMethods",
     "students": ".listings:ListStudents",
     "signals": ".listings:ListSignals",

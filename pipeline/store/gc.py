@@ -57,10 +57,10 @@ class Garbage:
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         signals: dict[str, Any] = {}
-        for path in sorted({file.spec.path for file in self.files}):
-            mine = [file for file in self.files if file.spec.path == path]
-            signals[array_label(path)] = {
-                "shards": to_ranges(file.shard for file in mine),
+        for label in sorted({array_label(file.spec.path) for file in self.files}):
+            mine = [file for file in self.files if array_label(file.spec.path) == label]
+            signals[label] = {
+                "shards": to_ranges(sorted({file.shard for file in mine})),
                 "bytes": sum(file.bytes for file in mine),
             }
         return {

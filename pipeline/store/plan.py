@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import RefusedError, UsageError
 from ..ragged import offsets_of
-from .layout import StoreLayout
+from .layout import StoreLayout, group_metadata, metadata_bytes
 from .signal import ArraySpec
 
 INDEX_BYTES_PER_ROW = 28
@@ -81,6 +82,88 @@ def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable
             layout.file_bytes(spec, rows if spec.axis == "example" else tokens) for rows, tokens in sizes
         )
     return planned
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """A shard that is there, and what is to be added to it.
+
+    Attributes:
+        shard: its number.
+        rows, tokens: that it holds.
+        specs: arrays it has no file of.
+    """
+
+    shard: int
+    rows: int
+    tokens: int
+    specs: tuple[ArraySpec, ...]
+
+
+def plan_files(
+    layout: StoreLayout,
+    specs: Sequence[ArraySpec],
+    *,
+    new: Sequence[tuple[int, int]],
+    lacking: Sequence[Lacking],
+    declared: Collection[str],
+    num_shards: int,
+) -> dict[str, int]:
+    """Bytes of all files that a capture adds to a store, but for store.json and sidecars.
+
+    Args:
+        specs: the arrays asked for.
+        new: (rows, tokens) of each shard to be added.
+        lacking: shards that are there.
+        declared: paths of the arrays that are declared.
+        num_shards: that are there.
+
+    Returns:
+        Per signal (and encoding, where it is not the first), then "index", "records" and "metadata".
+    """
+    inputs = layout.input_specs
+    planned = plan_bytes(layout, (*inputs, *specs), new)
+    records = 0
+    for item in lacking:
+        for label, size in plan_bytes(layout, item.specs, [(item.rows, item.tokens)]).items():
+            planned[label] = planned.get(label, 0) + size
+        records += _record_bytes(layout, item.shard, item.rows, item.tokens, item.specs)
+    for shard, (rows, tokens) in enumerate(new, start=num_shards):
+        records += _record_bytes(layout, shard, rows, tokens, inputs, _index_bytes(rows))
+        records += _record_bytes(layout, shard, rows, tokens, specs) if specs else 0
+    undeclared = {spec.path: spec for spec in (*inputs, *specs) if spec.path not in declared}
+    metadata = sum(
+        len(metadata_bytes(layout.array_metadata(spec, num_shards + len(new)))) for spec in undeclared.values()
+    )
+    known = {os.path.dirname(path) for path in declared}
+    groups = {os.path.dirname(path) for path in undeclared} - known
+    metadata += len(groups) * len(metadata_bytes(group_metadata()))
+    planned["index"] = sum(_index_bytes(rows) for rows, _ in new)
+    return planned | {"records": records, "metadata": metadata}
+
+
+@lru_cache(maxsize=1024)
+def _index_bytes(rows: int) -> int:
+    """Of the Parquet file of a shard's index: its columns are plain, so that their values do not matter."""
+    from .index import encode_index
+
+    return len(encode_index(np.zeros((rows, 2), dtype=np.uint64), np.ones(rows, dtype=np.int64))[0])
+
+
+def _record_bytes(
+    layout: StoreLayout, shard: int, rows: int, tokens: int, specs: Sequence[ArraySpec], index_bytes: int = 0
+) -> int:
+    """Of a commit record; an allocation's when there is an index."""
+    from .records import FileRecord, IndexRecord, Record
+
+    digest = "0" * 32
+    files = tuple(
+        FileRecord(spec, shard, layout.file_bytes(spec, rows if spec.axis == "example" else tokens), digest, digest)
+        for spec in specs
+    )
+    index = IndexRecord(index_bytes, digest, digest) if index_bytes else None
+    allocation = None if index_bytes else digest
+    return len(Record(digest, shard, rows, tokens, files, index, allocation).encode())
 
 
 def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str], max_bytes: int | None = None) -> None:

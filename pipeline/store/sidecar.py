@@ -91,6 +91,18 @@ def write_files(
     _write(files, store, name, "files", contents, metadata, keep_old=True)
 
 
+def copy_sidecar(source: StoreFiles, files: StoreFiles, store: str, name: str) -> None:
+    """Keep a sidecar as another store of the same digest has it. One of that name that is there stays as it is.
+
+    Raises:
+        VerificationError: it is damaged there.
+    """
+    record = read_record(source, store, name)
+    _require_intact(source, record)
+    contents = {file: source.read(record.path(file), limit=MAX_SIDECAR_BYTES) for file in record.files}
+    _write(files, store, name, record.kind, contents, record.metadata, keep_old=True)
+
+
 def folder_files(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """Every file below a folder, by its path in it."""
     root = Path(folder)

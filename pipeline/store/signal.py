@@ -178,6 +178,25 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
     return tuple(signals)
 
 
+def format_signals(signals: Iterable[Signal]) -> str:
+    """Signals as a list that `parse_signals` reads, layers that stand side by side together.
+
+    >>> format_signals(parse_signals("logits,hidden.tok@1-2:int8", 2))
+    'logits,hidden.tok@1+2:int8'
+    """
+    items: list[tuple[str, str | None, list[str]]] = []
+    for signal in signals:
+        layers = [] if signal.layer is None else [str(signal.layer)]
+        if layers and items and items[-1][:2] == (signal.name, signal.encoding):
+            items[-1][2].extend(layers)
+        else:
+            items.append((signal.name, signal.encoding, layers))
+    return ",".join(
+        name + (f"@{'+'.join(layers)}" if layers else "") + (f":{encoding}" if encoding else "")
+        for name, encoding, layers in items
+    )
+
+
 def _parse_layers(text: str, num_layers: int, item: str) -> list[int]:
     if text == "all":
         return list(range(num_layers + 1))

@@ -370,6 +370,33 @@ class TeacherStore:
             shards=_shards_of(rows, self.layout),
         )
 
+    def adopt(self, shards: Sequence[ShardRows]) -> tuple[int | None, ...]:
+        """Take over rows of a store of the same identity and layout, each of its shards as a shard of this one.
+
+        Args:
+            shards: as `read_tokens` of that store gives them.
+
+        Returns:
+            The numbers that the shards got, in order; None for one of which a row is here already.
+        """
+        keys = [row_keys(shard.token_ids, shard.segment_ids) for shard in shards]
+        numbers: list[int | None] = []
+        with self.files.lock():
+            catalogue = self.catalogue()
+            index = RowIndex(self.files, self.layout, catalogue.allocations)
+            known = np.split(index.lookup(np.concatenate(keys)) >= 0, np.cumsum([len(k) for k in keys])[:-1])
+            new = [number for number, there in enumerate(known) if not there.any()]
+            self._grow(catalogue.num_shards + len(new))
+            for number, shard in enumerate(shards):
+                if number not in new:
+                    numbers.append(None)
+                    continue
+                place = catalogue.num_shards + new.index(number)
+                self._write_rows(place, keys[number], shard.token_ids, shard.segment_ids)
+                numbers.append(place)
+            self._compact_if_many()
+        return tuple(numbers)
+
     def _refuse_bad_ids(self, token_ids: Ragged, segment_ids: Ragged | None) -> None:
         for ragged, spec in zip((token_ids, segment_ids), self.layout.input_specs, strict=True):
             if ragged is None or not ragged.values.size:

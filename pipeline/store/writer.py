@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray, offsets_of, ranges
 from .codec import LIMITS, encode
-from .files import Buffer
+from .files import Buffer, Staged
 from .layout import StoreLayout, fill_value
 from .records import FileRecord, Record, hash_parts
 from .shard import encode_index
@@ -31,6 +31,34 @@ def shard_parts(layout: StoreLayout, spec: ArraySpec, values: npt.NDArray[Any]) 
         np.full((padding, *spec.shape), fill_value(spec)).reshape(-1).view(np.uint8),
         encode_index(layout.num_chunks(spec), -(-len(values) // chunk), chunk * spec.entry_bytes),
     ]
+
+
+def commit_files(store: TeacherStore, allocation: Record, staged: Mapping[FileRecord, Staged]) -> Record | None:
+    """Publish staged files of one shard and record them; those that a record names by now are left out.
+
+    Returns:
+        The record, or None when all of them are left out.
+    """
+    with store.files.lock():
+        records = store.shard_records(allocation.shard)
+        if allocation not in records:
+            raise VerificationError(f"shard {allocation.shard} of {store.url} lost its allocation while it was written")
+        there = {file.spec.path for record in records for file in record.files}
+        kept = tuple(file for file in staged if file.spec.path not in there)
+        if not kept:
+            return None
+        for file in kept:
+            staged[file].publish()
+        record = Record(
+            allocation.store,
+            allocation.shard,
+            allocation.rows,
+            allocation.tokens,
+            kept,
+            allocation=allocation.digest,
+        )
+        store.files.create(record.file, record.encode())
+    return record
 
 
 class ShardWriter:
@@ -178,23 +206,7 @@ class ShardWriter:
             staged = {}
             for file, parts in self.encoded(todo):
                 staged[file] = stack.enter_context(files.stage(file.file, parts))
-            with files.lock():
-                left = set(self._uncommitted())
-                kept = tuple(file for file in staged if file.spec in left)
-                if not kept:
-                    return None
-                for file in kept:
-                    staged[file].publish()
-                record = Record(
-                    self._allocation.store,
-                    self.shard,
-                    self._allocation.rows,
-                    self._allocation.tokens,
-                    kept,
-                    allocation=self._allocation.digest,
-                )
-                files.create(record.file, record.encode())
-        return record
+            return commit_files(self._store, self._allocation, staged)
 
     def encoded(self, specs: Iterable[ArraySpec] | None = None) -> Iterator[tuple[FileRecord, list[Buffer]]]:
         """The shard files as they are to be written: record and parts of each, sorted by path.

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .runner import Runner
-    from .stage import Plan
 
 CALIBRATION_TOKENS = 4096
 
@@ -267,15 +266,19 @@ def worker_environments(device: str) -> Sequence[Mapping[str, str]]:
 # --- estimate ----------------------------------------------------------------------------------------------------
 
 
-def measure_rate(teacher: Teacher, plan: Plan, *, dtype: str, device: str) -> float:
+def measure_rate(
+    teacher: Teacher,
+    token_ids: Ragged,
+    segment_ids: Ragged,
+    specs: Iterable[ArraySpec],
+    *,
+    batch_tokens: int,
+    dtype: str,
+    device: str,
+) -> float:
     """Tokens per second of the teacher, from one batch of typical rows of what is to be computed."""
-    if plan.preview.num_new or plan.store is None:
-        token_ids, segment_ids = plan.encoded.token_ids, plan.encoded.segment_ids
-    else:
-        rows = plan.store.read_tokens(next(iter(plan.missing)))
-        token_ids, segment_ids = rows.token_ids, rows.segment_ids
-    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(computed_dtypes(plan.specs))
-    batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, plan.layout.batch_tokens))
+    runner = LoadedTeacher(teacher, teacher.load(dtype), device).runner(computed_dtypes(specs))
+    batch = typical_batch(token_ids, min(CALIBRATION_TOKENS, batch_tokens))
     best = float("inf")
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()

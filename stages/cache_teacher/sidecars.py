@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,11 +99,17 @@ def sidecar_bytes(teacher: Teacher, names: tuple[str, ...]) -> dict[str, int]:
         model = auto.from_config(
             teacher.config, dtype=teacher.config.dtype, trust_remote_code=teacher.trust_remote_code
         )
-    kept = dict.fromkeys(names, 0)
+    kept, headers = dict.fromkeys(names, 0), dict[str, dict[str, Any]]()
     for name, group in groups_of(model).items():
         if group in kept:
             tensor = model.state_dict()[name]
-            kept[group] += tensor.numel() * (4 if tensor.dtype == torch.bfloat16 else tensor.element_size())
+            size = tensor.numel() * (4 if tensor.dtype == torch.bfloat16 else tensor.element_size())
+            # As safetensors describes it, in front of the numbers.
+            offsets = [kept[group], kept[group] + size]
+            headers.setdefault(group, {})[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": offsets}
+            kept[group] += size
+    for group, header in headers.items():
+        kept[group] += 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
     return kept
 
 

@@ -16,6 +16,7 @@ from ...pipeline.executor import ShardOutcome, check_execution, map_shards
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 
 if TYPE_CHECKING:
+    from ...pipeline.ragged import Ragged
     from ...pipeline.store import ArraySpec, Signal, StoreIdentity, StoreLayout, TeacherStore
     from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
@@ -235,7 +236,7 @@ class CacheTeacher(Stage):
     def run(self, context: StageContext) -> StageResult:
         from ...pipeline.store.plan import free_bytes
 
-        plan = self._plan(context)
+        plan = self.plan(context)
         if self.dry_run:
             return self._dry_run(plan, context)
         plan.require_room()
@@ -256,7 +257,7 @@ class CacheTeacher(Stage):
             forget_teachers()
             self._teacher.unload()
 
-    def _plan(self, context: StageContext) -> Plan:
+    def plan(self, context: StageContext) -> Plan:
         """Tokenise and look up: what is there, what is to be computed, what it costs. Writes nothing."""
         from .sidecars import missing_sidecars, parse_sidecars
 
@@ -497,7 +498,14 @@ class CacheTeacher(Stage):
         tokens_per_s = None
         if plan.shards_to_compute:
             context.progress.info("timing one batch on the teacher")
-            tokens_per_s = measure_rate(self._teacher, plan, dtype=self.dtype, device=resolve_device(self.device))
+            tokens_per_s = measure_rate(
+                self._teacher,
+                *plan.typical_rows(),
+                plan.specs,
+                batch_tokens=plan.layout.batch_tokens,
+                dtype=self.dtype,
+                device=resolve_device(self.device),
+            )
         seconds = 0.0 if tokens_per_s is None else plan.tokens_to_compute / tokens_per_s
         summary: dict[str, Any] = {
             "rows": len(self._corpus),
@@ -582,6 +590,13 @@ class Plan:
     def _sizes_to_compute(self) -> list[tuple[int, int]]:
         sizes = zip(self.missing, self.missing_sizes, strict=True)
         return [*self.preview.sizes, *(size for shard, size in sizes if shard not in self.recoded)]
+
+    def typical_rows(self) -> tuple[Ragged, Ragged]:
+        """Token and segment ids of rows like those to be computed."""
+        if self.preview.num_new or self.store is None:
+            return self.encoded.token_ids, self.encoded.segment_ids
+        rows = self.store.read_tokens(next(shard for shard in self.missing if shard not in self.recoded))
+        return rows.token_ids, rows.segment_ids
 
     @property
     def shards_to_compute(self) -> int:

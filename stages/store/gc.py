@@ -19,9 +19,9 @@ class CollectStore(Stage):
     on_interrupt: ClassVar[str] = "the store is sound; the same command does the rest"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")
-    delete: bool = option(False, help="Remove it; without this, nothing is changed.", identity=False)
+    delete: bool = option(False, help="Remove it; without this, nothing is changed.")
     keep_view: tuple[str, ...] = option(
-        (), help="A view that is elsewhere now; keep what it needs.", identity=False, metavar="VIEW", split=False
+        (), help="A view that is elsewhere now; keep what it needs.", metavar="VIEW", split=False
     )
 
     def run(self, context: StageContext) -> StageResult:

@@ -1,10 +1,12 @@
 """Two writers of one store, killed at random moments. Run by test_kills.py in a process of its own, or by hand:
 
-    python kill_writers.py FOLDER KILLS SEED
+    python kill_writers.py FOLDER KILLS SEED [careless]
 
 The writers do what `kd cache-teacher` does with a store (its own job, claims and executor), with arithmetic in place of
 the teacher's forward pass. A killed writer is started again at once. A round is a new store; which rows and signals
 each writer has, and whether it compacts records on the way, follow from the seed. Prints one JSON object.
+
+`careless` makes a store that writes its records in place, which has to be found out.
 
 A fresh process forks cheaply and safely: nothing here starts threads but the writers.
 """
@@ -44,14 +46,16 @@ from kd.pipeline.store import (
     open_store,
     row_keys,
 )
+from kd.pipeline.store.files import StoreFiles
 from kd.stages.cache_teacher import capture
 from kd.stages.cache_teacher.runner import SignalBatch
 
 IDENTITY = StoreIdentity(teacher={"digest": "t"}, tokenizer={"digest": "k"}, capture={"max_length": 128})
 LAYOUT = StoreLayout(rows_per_shard=8, tokens_per_shard=64, batch_tokens=32, chunk_bytes=64)
 KILLS_PER_ROUND = 25
+PAUSE = time.sleep
 SPECS_OF = {spec.signal: spec for spec in SPECS}
-IDS, SEGMENTS = make_rows(160)
+IDS, SEGMENTS = make_rows(320)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class StandIn:
 
     def run(self, ids: Ragged, segments: Ragged, batches: Sequence[np.ndarray]) -> Iterator[SignalBatch]:
         for slots in batches:
-            time.sleep(0.001)
+            for _ in range(10):
+                time.sleep(0.0003)
             rows = ids.take(slots), segments.take(slots)
             yield SignalBatch(slots, {signal: answer(SPECS_OF[signal], *rows) for signal in self.signals})
 
@@ -117,12 +122,33 @@ class LoggedJob(capture.CaptureJob):
 
 
 class Phases:
-    """What every writer is at, in memory that outlives it: per writer one byte for each of its two threads."""
+    """What every writer is at, in memory that outlives it: one byte for each of its two threads, and a count of steps.
+
+    A moment is a number of steps and not of seconds, so that it is as random on a busy machine as on an idle one.
+    """
 
     NAMES = ("start", "open", "allocate", "declare", "sidecar", "compute", "commit", "compact", "wait")
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 4)
+        self._memory = mmap.mmap(-1, 4 + 16)
+        self._steps = np.frombuffer(self._memory, np.uint64, 2, 4)
+
+    def steps(self, writer: int) -> int:
+        return int(self._steps[writer])
+
+    def count_steps(self, writer: int) -> None:
+        """Count file operations, and batches that the teacher runs."""
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._steps[writer] += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("open", "read", "stat", "write", "fsync", "rename", "link", "unlink", "mkdir", "listdir", "close"):
+            setattr(os, name, counted(getattr(os, name)))
+        time.sleep = counted(time.sleep)  # type: ignore[assignment]
 
     def of(self, writer: int) -> str:
         main, writing = self._memory[2 * writer], self._memory[2 * writer + 1]
@@ -132,6 +158,7 @@ class Phases:
 
     def begin(self, writer: int) -> None:
         self._memory[2 * writer] = self._memory[2 * writer + 1] = 0
+        self._steps[writer] = 0
 
     def watch(self, writer: int, owner: Any, name: str, phase: str, thread: int = 0) -> None:
         """Say so while `owner.name` runs."""
@@ -171,6 +198,7 @@ def start(folder: Path, works: tuple[Work, Work], number: int, log: Path, phases
         return child
     try:
         global create_or_open
+        phases.count_steps(number)
         for name in ("allocate", "declare", "compact"):
             phases.watch(number, TeacherStore, name, name)
         phases.watch(number, TeacherStore, "put_sidecar", "sidecar")
@@ -195,18 +223,19 @@ def ended(child: int, *, wait: bool) -> bool:
     return bool(found)
 
 
-def one_round(
-    folder: Path, works: tuple[Work, Work], kills: int, rng: random.Random, duration: float
-) -> tuple[Counter[str], list[int]]:
+def one_round(folder: Path, works: tuple[Work, Work], kills: int, rng: random.Random) -> tuple[Counter[str], list[int]]:
     """Phases in which writers were killed, and their process numbers."""
     log, phases, moments, victims = folder.with_suffix(".log"), Phases(), Counter[str](), []
     alive = {number: start(folder, works, number, log, phases) for number in range(2)}
     try:
         while alive and len(victims) < kills:
-            # Now and then soon after a start, else anywhere.
-            time.sleep(rng.random() * rng.choice([0.1, 1]) * duration)
             number = rng.choice([*alive])
-            if ended(alive[number], wait=False):
+            # From a few steps on, soon after a start, to some shards.
+            moment = phases.steps(number) + rng.randrange(rng.choice([30, 600, 1800]))
+            gone = False
+            while phases.steps(number) < moment and not (gone := ended(alive[number], wait=False)):
+                PAUSE(0.0002)
+            if gone or ended(alive[number], wait=False):
                 del alive[number]
                 continue
             os.kill(alive[number], signal.SIGKILL)
@@ -298,16 +327,13 @@ def harness(top: Path, kills: int, seed: int) -> dict[str, Any]:
     moments, lost, touched, rounds, shards = Counter[str](), [], [], 0, 0
     while len(lost) < kills:
         works, folder = draw_work(rng), top / f"round{rounds}"
-        timed = time.perf_counter()
-        write(top / "timed", works[0], top / "timed.log")
-        duration = time.perf_counter() - timed
-        found, victims = one_round(folder, works, min(KILLS_PER_ROUND, kills - len(lost)), rng, duration)
+        found, victims = one_round(folder, works, min(KILLS_PER_ROUND, kills - len(lost)), rng)
         moments += found
         check(folder, works)
         again, begun = recomputed(folder.with_suffix(".log"), victims)
         lost, touched, rounds = lost + again, touched + begun, rounds + 1
         shards += open_store(folder).catalogue().num_shards
-        for path in (folder, top / "timed", folder.with_suffix(".calm")):
+        for path in (folder, folder.with_suffix(".calm")):
             shutil.rmtree(path)
     return {
         "kills": len(lost),
@@ -321,5 +347,18 @@ def harness(top: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
+def create_in_place(files: StoreFiles, name: str, data: bytes) -> bool:
+    """What `StoreFiles.create` must not do: a file that is there before it is complete."""
+    path = Path(files.path(name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        file.write(data[: len(data) // 2])
+        time.sleep(0.002)
+        file.write(data[len(data) // 2 :])
+    return True
+
+
 if __name__ == "__main__":
+    if "careless" in sys.argv:
+        StoreFiles.create = create_in_place  # type: ignore[method-assign]
     print(json.dumps(harness(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

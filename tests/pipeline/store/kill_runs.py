@@ -3,6 +3,7 @@
     python kill_runs.py every-step FOLDER FIRST STRIDE    a kill before every STRIDE-th file operation
     python kill_runs.py compaction FOLDER FIRST STRIDE    the same while records are compacted
     python kill_runs.py collection FOLDER FIRST STRIDE    the same while garbage is collected
+    python kill_runs.py merging FOLDER FIRST STRIDE       the same while stores are merged
     python kill_runs.py two-writers FOLDER ROUNDS SEED    two writers of one store, each killed at a random moment
 
 A fresh process forks cheaply and safely: nothing here starts threads.
@@ -28,6 +29,7 @@ from conftest import SPECS, capture, make_rows, tree
 from kd.pipeline.artifact import write_manifest
 from kd.pipeline.store import StoreIdentity, StoreLayout, create_or_open, open_store
 from kd.pipeline.store.gc import collect_garbage
+from kd.pipeline.store.merge import merge_stores
 
 IDENTITY = StoreIdentity(teacher={"digest": "t"}, tokenizer={"digest": "k"}, capture={"max_length": 128})
 LAYOUT = StoreLayout(rows_per_shard=4, tokens_per_shard=32, chunk_bytes=32)
@@ -182,6 +184,40 @@ def collection(top: Path, first: int, stride: int) -> None:
     print(f"{kills} kills, {step} steps")
 
 
+def merge(folder: Path) -> None:
+    """Two stores that overlap, into one that knows some rows of each and lacks a signal of its own."""
+    sources = [open_store(folder.parent / name) for name in ("first", "second")]
+    merge_stores(create_or_open(folder, IDENTITY, LAYOUT), sources)
+
+
+def merging(top: Path, first: int, stride: int) -> None:
+    os.fsync = lambda descriptor: None
+    ids, segments = make_rows(22)
+    for name, some, specs in (
+        ("first", range(12), SPECS[:2]), ("second", range(9, 22), SPECS[:3]), ("begun", [0, 1, 20, 21], SPECS[2:3])
+    ):  # fmt: skip
+        store = create_or_open(top / name, IDENTITY, LAYOUT)
+        capture(store, specs, store.allocate(ids.take([*some]), segments.take([*some])).shards)
+    sources = tree(top / "first") | tree(top / "second")
+    shutil.copytree(top / "begun", top / "reference")
+    merge(top / "reference")
+    expected, digest = tree(top / "reference"), open_store(top / "reference").digest()
+    step, kills = first, 0
+    while True:
+        folder = top / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(top / "begun", folder)
+        if wait(fork(partial(work_until, step, folder, merge))):
+            break
+        check_sound(folder, step)
+        merge(folder)
+        require_equal(folder, expected, digest, f"merge killed before step {step}")
+        step, kills = step + stride, kills + 1
+    assert kills * stride > 100, "so few file operations cannot be all of them"
+    assert tree(top / "first") | tree(top / "second") == sources, "a source was changed"
+    print(f"{kills} kills, {step} steps")
+
+
 def check_sound(folder: Path, step: int) -> None:
     """Between kill and rerun: what is committed is right, what is not is refused."""
     report = open_store(folder).verify()
@@ -222,5 +258,11 @@ def two_writers(top: Path, rounds: int, seed: int) -> None:
 
 if __name__ == "__main__":
     mode, folder, *numbers = sys.argv[1:]
-    modes = {"collection": collection, "every-step": every_step, "compaction": compaction, "two-writers": two_writers}
+    modes = {
+        "every-step": every_step,
+        "compaction": compaction,
+        "collection": collection,
+        "merging": merging,
+        "two-writers": two_writers,
+    }
     modes[mode](Path(folder), *map(int, numbers))
