@@ -46,7 +46,7 @@ from kd.pipeline.store import (
     open_store,
     row_keys,
 )
-from kd.pipeline.store.files import StoreFiles
+from kd.pipeline.store.files import LocalFiles
 from kd.stages.cache_teacher import capture
 from kd.stages.cache_teacher.runner import SignalBatch
 
@@ -216,9 +216,11 @@ def start(folder: Path, works: tuple[Work, Work], number: int, log: Path, phases
 # --- the harness -------------------------------------------------------------------------------------------------
 
 
-def ended(child: int, *, wait: bool) -> bool:
-    """Whether a writer has ended by itself; it may not have failed."""
-    found, status = os.waitpid(child, 0 if wait else os.WNOHANG)
+def ended(alive: dict[int, int], number: int, *, wait: bool) -> bool:
+    """Whether a writer has ended by itself, and is therefore taken out; it may not have failed."""
+    found, status = os.waitpid(alive[number], 0 if wait else os.WNOHANG)
+    if found:
+        del alive[number]
     assert not found or os.waitstatus_to_exitcode(status) == 0, "a writer failed"
     return bool(found)
 
@@ -231,21 +233,22 @@ def one_round(folder: Path, works: tuple[Work, Work], kills: int, rng: random.Ra
         while alive and len(victims) < kills:
             number = rng.choice([*alive])
             # From a few steps on, soon after a start, to some shards.
-            moment = phases.steps(number) + rng.randrange(rng.choice([30, 600, 1800]))
-            gone = False
-            while phases.steps(number) < moment and not (gone := ended(alive[number], wait=False)):
+            moment = phases.steps(number) + rng.randrange(rng.choice([30, 300, 1200]))
+            while not (gone := ended(alive, number, wait=False)) and phases.steps(number) < moment:
                 PAUSE(0.0002)
-            if gone or ended(alive[number], wait=False):
-                del alive[number]
+            if gone:
                 continue
-            os.kill(alive[number], signal.SIGKILL)
+            victim = alive.pop(number)
+            os.kill(victim, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
+            assert code in (0, -signal.SIGKILL), "a writer failed"
+            if code == 0:
+                continue  # it was faster
             moments[phases.of(number)] += 1
-            os.waitpid(alive[number], 0)
-            victims.append(alive[number])
+            victims.append(victim)
             alive[number] = start(folder, works, number, log, phases)
-        for child in alive.values():
-            assert ended(child, wait=True)
-        alive.clear()
+        for number in [*alive]:
+            ended(alive, number, wait=True)
     finally:
         for child in alive.values():
             os.kill(child, signal.SIGKILL)
@@ -347,8 +350,8 @@ def harness(top: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
-def create_in_place(files: StoreFiles, name: str, data: bytes) -> bool:
-    """What `StoreFiles.create` must not do: a file that is there before it is complete."""
+def create_in_place(files: LocalFiles, name: str, data: bytes) -> bool:
+    """What `LocalFiles.create` must not do: a file that is there before it is complete."""
     path = Path(files.path(name))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as file:
@@ -360,5 +363,5 @@ def create_in_place(files: StoreFiles, name: str, data: bytes) -> bool:
 
 if __name__ == "__main__":
     if "careless" in sys.argv:
-        StoreFiles.create = create_in_place  # type: ignore[method-assign]
+        LocalFiles.create = create_in_place  # type: ignore[method-assign]
     print(json.dumps(harness(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
