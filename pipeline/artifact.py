@@ -16,6 +16,7 @@ from .errors import RefusedError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,26 @@ def read_manifest(path: Path | str) -> dict[str, Any] | None:
     """
     file = Path(path) / MANIFEST
     try:
+        size = file.stat().st_size
+        # A pipe in its place would be waited for.
+        if not file.is_file() or size > MAX_MANIFEST_BYTES:
+            raise RefusedError(f"{file} is not a manifest: it is no file, or has {size} bytes")
         raw = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         manifest = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(
             f"{file} is not JSON: {error}", fix=f"delete {file.parent} and run its stage again"
         ) from None
     wanted = {"format", "kind", "fingerprint"}
-    if not isinstance(manifest, dict) or not wanted <= manifest.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not wanted <= manifest.keys()
+        or not isinstance(manifest["fingerprint"], str)
+        or not all(isinstance(manifest.get(name, {}), dict) for name in ("content", "identity", "summary"))
+    ):
         raise RefusedError(f"{file} is not a kd manifest", details=[f"expected the keys: {', '.join(sorted(wanted))}"])
     if manifest["format"] != MANIFEST_FORMAT:
         raise RefusedError(

@@ -192,9 +192,9 @@ def load_predictor(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -64,7 +64,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
 
     set_seed(stage.seed)
     source = stage.model_source()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     model, has_trained_head = load_encoder(source, info.task, info.label_names)
     max_length = stage.max_length or min(DEFAULT_LENGTH, longest_input(model.config, tokenizer))
     rows = TextRows(tokenizer, *train.texts(), labels, info.task, max_length)
@@ -268,6 +268,7 @@ def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[Pr
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise RefusedError(
@@ -290,7 +291,10 @@ def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[Pr
 def _names_in(source: str) -> list[str]:
     from transformers import AutoConfig
 
-    names = {int(index): str(name) for index, name in AutoConfig.from_pretrained(source).id2label.items()}
+    names = {
+        int(index): str(name)
+        for index, name in AutoConfig.from_pretrained(source, trust_remote_code=False).id2label.items()
+    }
     return [names[index] for index in sorted(names)]
 
 

@@ -28,6 +28,8 @@ class StoreIdentity:
     def __post_init__(self) -> None:
         # Through JSON once: tuples become lists, so that what is written equals what is read back.
         for name in ("teacher", "tokenizer", "capture"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} must be an object, got {getattr(self, name)!r}")
             object.__setattr__(self, name, json.loads(canonical_json(getattr(self, name))))
 
     @property

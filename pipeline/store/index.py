@@ -117,6 +117,13 @@ def decode_index(data: bytes, *, num_rows: int | None = None) -> tuple[Keys, Int
     Raises:
         ValueError, pyarrow.ArrowException, RefusedError: say what is wrong with it.
     """
+    try:
+        return _decode_columns(data, num_rows)
+    except OSError as error:  # how pyarrow says that its own metadata is broken
+        raise ValueError(f"not Parquet: {error}") from None
+
+
+def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
     parquet = pq.ParquetFile(pa.BufferReader(data))
     if not parquet.schema_arrow.equals(SCHEMA):
         raise ValueError(f"its columns are {parquet.schema_arrow.names}, expected {SCHEMA.names}")
@@ -125,6 +132,11 @@ def decode_index(data: bytes, *, num_rows: int | None = None) -> tuple[Keys, Int
         raise ValueError(f"it has {found} rows, its record says {num_rows}")
     if found * 28 > len(data):
         raise ValueError(f"it has {found} rows in {len(data)} bytes, which is not as kd writes them")
+    groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
+    columns = [group.column(column) for group in groups for column in range(group.num_columns)]
+    # A page may unfold to any size where it is compressed, and a group may say another number of rows than the file.
+    if sum(group.num_rows for group in groups) != found or any(c.compression != "UNCOMPRESSED" for c in columns):
+        raise ValueError("it is compressed, or its parts do not have the rows of the whole")
     table = parquet.read(use_threads=False)
     slots, starts, lengths = (
         table.column(name).to_numpy().astype(np.int64) for name in ("row_slot", "token_start", "num_tokens")
@@ -149,20 +161,26 @@ class RowIndex:
     allocations: Sequence[Record]
 
     @cached_property
-    def token_offsets(self) -> npt.NDArray[np.uint32]:
-        """uint32 [num_shards * (rows_per_shard + 1)]: of shard s, the running sum of its rows' tokens.
+    def _sizes(self) -> IntArray:
+        """int64 [num_shards] rows of each shard."""
+        return np.array([record.rows for record in self.allocations], dtype=np.int64)
 
-        Row r of shard s occupies tokens `[r + s]` to `[r + s + 1]` of it, counted inside the shard; equal where no
-        row stands.
+    @cached_property
+    def _first(self) -> IntArray:
+        """int64 [num_shards] where each shard begins in `token_offsets`."""
+        return offsets_of(self._sizes + 1)[:-1]
+
+    @cached_property
+    def token_offsets(self) -> npt.NDArray[np.uint32]:
+        """uint32: of each shard one after another, the running sum of its rows' tokens, from 0: one more than rows.
+
+        Slots of a shard that hold no row take nothing, however many its layout has.
         """
         self._fetch()
-        width = self.layout.rows_per_shard + 1
-        offsets = np.zeros(len(self.allocations) * width, dtype=np.uint32)
-        for record in self.allocations:
+        offsets = np.zeros(int(self._sizes.sum()) + len(self._sizes), dtype=np.uint32)
+        for record, start in zip(self.allocations, self._first.tolist(), strict=True):
             _, lengths = read_index(self.files, record)
-            start = record.shard * width
             offsets[start + 1 : start + 1 + record.rows] = np.cumsum(lengths)
-            offsets[start + 1 + record.rows : start + width] = record.tokens
         return offsets
 
     def _fetch(self) -> None:
@@ -203,14 +221,14 @@ class RowIndex:
         if rows.size and rows.min() < 0:
             self._refuse(rows, rows < 0)
         shards = rows // self.layout.rows_per_shard
-        at = rows + shards
-        try:
-            starts = self.token_offsets.take(at).astype(np.int64)
-            lengths = self.token_offsets.take(at + 1).astype(np.int64) - starts
-        except IndexError:
+        if rows.size and shards.max() >= len(self.allocations):
             self._refuse(rows, shards >= len(self.allocations))
-        if not lengths.all():
-            self._refuse(rows, lengths == 0)
+        slots = rows - shards * self.layout.rows_per_shard
+        if (absent := slots >= self._sizes[shards]).any():
+            self._refuse(rows, absent)
+        at = self._first[shards] + slots
+        starts = self.token_offsets[at].astype(np.int64)
+        lengths = self.token_offsets[at + 1].astype(np.int64) - starts
         return shards, starts, lengths
 
     def _refuse(self, rows: IntArray, bad: npt.NDArray[np.bool_]) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ INDEX = "index"
 SIDECARS = "sidecars"
 VIEWS = "views"
 CLAIMS = "claims"
+MAX_CHUNKS = 1 << 22
 MAX_SHARDS = 10**8
 """Shard numbers have eight digits in file names."""
 
@@ -97,11 +99,23 @@ class StoreLayout:
         """
         capacity = self.capacity(spec.axis)
         most = max(1, self.chunk_bytes // spec.entry_bytes)
-        return next(length for length in range(min(capacity, most), 0, -1) if capacity % length == 0)
+        small = [length for length in range(1, math.isqrt(capacity) + 1) if capacity % length == 0]
+        return max(length for length in (*small, *(capacity // other for other in small)) if length <= most)
 
     def num_chunks(self, spec: ArraySpec) -> int:
-        """Inner chunks per shard, absent ones included."""
-        return self.capacity(spec.axis) // self.chunk_length(spec)
+        """Inner chunks per shard, absent ones included.
+
+        Raises:
+            RefusedError: more than anybody would want: each takes 16 bytes of every shard file and of memory.
+        """
+        count = self.capacity(spec.axis) // self.chunk_length(spec)
+        if count > MAX_CHUNKS:
+            raise RefusedError(
+                f"a shard file of {spec.signal} would have {count} inner chunks; {MAX_CHUNKS} are the most",
+                details={f"{spec.axis} slots per shard": self.capacity(spec.axis), "chunk_bytes": self.chunk_bytes},
+                fix="make the store with a number of slots per shard that has many divisors, such as a power of two",
+            )
+        return count
 
     def padded_length(self, spec: ArraySpec, entries: int) -> int:
         """Entries that a shard file with `entries` used slots holds: whole inner chunks."""

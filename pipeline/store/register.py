@@ -25,6 +25,7 @@ from .records import Problem
 FORMAT = 1
 VIEW_NAME = re.compile(r"([0-9a-f]{32})\.json")
 MAX_VIEW_BYTES = 1 << 24
+MAX_SHARDS_OF_VIEW = 1 << 20
 UNFINISHED = "unfinished.json"
 
 
@@ -87,7 +88,7 @@ def holds_view(folder: str | os.PathLike[str], fingerprint: str) -> bool:
     for candidate in (path, path.with_name(path.name + ".replaced")):
         try:
             manifest = read_manifest(candidate)
-        except (KdError, OSError):
+        except (KdError, OSError, ValueError):  # ValueError: a path with a zero byte
             continue
         if manifest is not None:
             if manifest["fingerprint"] == fingerprint:
@@ -97,7 +98,7 @@ def holds_view(folder: str | os.PathLike[str], fingerprint: str) -> bool:
             identity = json.loads((candidate / UNFINISHED).read_bytes())["identity"]
             if fingerprint_of(identity) == fingerprint:
                 return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return False
 
@@ -173,6 +174,8 @@ def _decode(data: bytes, *, name: str, store: str) -> RegisteredView:
         )
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"it does not describe a view: {error!r}") from None
+    if not view.places:
+        raise ValueError("it has no place")
     if view.encode(store) != data:
         raise ValueError("it is not written as kd writes it: it was edited or damaged")
     return view
@@ -213,7 +216,7 @@ def from_ranges(ranges: Sequence[Sequence[int]]) -> tuple[int, ...]:
     for first, last in ranges:
         if type(first) is not int or type(last) is not int or not least <= first <= last < MAX_SHARDS:
             raise ValueError(f"{[first, last]!r} is no range of shards")
-        if len(numbers) + last - first > 1 << 24:
+        if len(numbers) + last - first > MAX_SHARDS_OF_VIEW:
             raise ValueError("it names more shards than a store can be asked for")
         numbers += range(first, last + 1)
         least = last + 1

@@ -204,7 +204,8 @@ def read_tensors(files: StoreFiles, store: str, name: str) -> dict[str, npt.NDAr
         raise VerificationError(f"sidecar {name!r} of store {files.url} changed while it was read")
     try:
         return {key: np.array(value) for key, value in safetensors.numpy.load(data).items()}
-    except safetensors.SafetensorError as error:
+    # What it raises for a dtype or a shape that numpy has not is its own affair.
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise VerificationError(f"sidecar {name!r} of store {files.url} is not safetensors: {error}") from None
 
 

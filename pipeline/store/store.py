@@ -26,6 +26,7 @@ from .keys import Keys, first_occurrences, row_keys
 from .layout import (
     CLAIMS,
     GROUP_FILE,
+    MAX_SHARDS,
     STORE_FILE,
     STORE_FORMAT,
     STORE_VERSION,
@@ -537,7 +538,10 @@ class TeacherStore:
             try:
                 metadata = json.loads(self.files.read(f"{path}/{GROUP_FILE}", limit=MAX_METADATA_BYTES))
                 spec = self.describes(path, metadata)
-                arrays[path] = _Declared(spec, int(metadata["shape"][0]) // self.layout.capacity(spec.axis), metadata)
+                num_shards = metadata["shape"][0] // self.layout.capacity(spec.axis)
+                if num_shards > MAX_SHARDS:
+                    raise ValueError(f"it is declared for {num_shards} shards")
+                arrays[path] = _Declared(spec, num_shards, metadata)
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
@@ -549,7 +553,9 @@ class TeacherStore:
 
     def describes(self, path: str, metadata: Any) -> ArraySpec:
         """The spec of the array at `path` from its zarr.json; ValueError, KeyError, TypeError or UsageError if none."""
-        _, *shape = metadata["shape"]
+        length, *shape = metadata["shape"]
+        if type(length) is not int or length < 0 or not all(type(size) is int for size in shape):
+            raise ValueError(f"its shape is {metadata['shape']}")
         encoding = metadata["attributes"]["kd"]["encoding"]
         return ArraySpec.at(path, tuple(shape), metadata["data_type"], encoding)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .store import TeacherStore
 
 EXAMPLES = "examples.parquet"
+STORE_PROTOCOLS = ("file://", "s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "memory://")
+"""Where a view may say that its store is; another URL has to be asked for by a person."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class View:
     @cached_property
     def examples(self) -> pa.Table:
         """All columns of the corpus, then `row` int64 and `row_key` fixed_size_binary(16)."""
-        return _read_examples(self.path, None)
+        return _read_examples(self.path, None, num_rows=len(self))
 
     @cached_property
     def reader(self) -> StoreReader:
@@ -122,12 +124,22 @@ def _require_same_rows(reader: StoreReader, rows: IntArray, expected: Keys, *, w
         )
 
 
-def _read_examples(folder: Path, columns: list[str] | None) -> pa.Table:
+def _read_examples(folder: Path, columns: list[str] | None, *, num_rows: int | None = None) -> pa.Table:
+    file = folder / EXAMPLES
     try:
-        return pq.read_table(folder / EXAMPLES, columns=columns)
-    except (OSError, pa.ArrowException) as error:
+        parquet = pq.ParquetFile(file)
+        metadata = parquet.metadata
+        num_rows = metadata.num_rows if num_rows is None else num_rows
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        if not num_rows == metadata.num_rows == sum(group.num_rows for group in groups):
+            raise VerificationError(f"{file} has {metadata.num_rows} rows, the manifest says {num_rows}")
+        # Every row has a key of its own but for duplicates; a file of a few bytes with a billion rows is none of ours.
+        if num_rows > file.stat().st_size:
+            raise VerificationError(f"{file} says it has {num_rows} rows in {file.stat().st_size} bytes")
+        return parquet.read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise VerificationError(
-            f"{folder / EXAMPLES} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
+            f"{file} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
         ) from None
 
 
@@ -185,6 +197,23 @@ def _address_from(folder: Path, store: TeacherStore) -> str:
     return address if "://" in address else os.path.relpath(address, folder.resolve())
 
 
+def _checked(content: Mapping[str, Any], folder: Path) -> tuple[str, str, int]:
+    """(store, its identity, number of rows) of a manifest, every field of which is of its kind."""
+    kinds = {"store": str, "store_identity": str, "signals": list, "corpus": dict, "num_rows": int}
+    for name, kind in kinds.items():
+        if name not in content:
+            raise VerificationError(f"the manifest of view {folder} lacks {name!r}")
+        if type(content[name]) is not kind:
+            raise VerificationError(f"the manifest of view {folder}: {name} is {content[name]!r}")
+    if not all(isinstance(signal, str) for signal in content["signals"]):
+        raise VerificationError(f"the manifest of view {folder}: signals are {content['signals']!r}")
+    where = content["store"]
+    # Chained and unheard-of file systems could be made to fetch or run anything.
+    if not where.isprintable() or "::" in where or ("://" in where and not where.startswith(STORE_PROTOCOLS)):
+        raise VerificationError(f"the manifest of view {folder}: {where!r} is not where a store can be")
+    return where, content["store_identity"], content["num_rows"]
+
+
 def open_view(path: str | os.PathLike[str]) -> View:
     """Open a finished view and the store it points to.
 
@@ -196,11 +225,7 @@ def open_view(path: str | os.PathLike[str]) -> View:
     folder = Path(path)
     artifact = open_artifact(folder, kind="view")
     content = artifact.content
-    try:
-        where, identity, num_rows = str(content["store"]), content["store_identity"], content["num_rows"]
-        content["signals"], content["corpus"]
-    except KeyError as error:
-        raise VerificationError(f"the manifest of view {folder} lacks {error}") from None
+    where, identity, num_rows = _checked(content, folder)
     location = where if "://" in where else os.path.normpath(folder.resolve() / where)
     try:
         store = open_store(location)
@@ -216,13 +241,14 @@ def open_view(path: str | os.PathLike[str]) -> View:
             details=[f"store the view was made for: {identity}", f"store found: {store.identity.digest}"],
             fix="put the original store back, or run kd cache-teacher again",
         )
-    joined = _read_examples(folder, ["row", "row_key"])
-    if set(joined.column_names) != {"row", "row_key"} or joined.schema.field("row").type != pa.int64():
+    joined = _read_examples(folder, ["row", "row_key"], num_rows=num_rows)
+    if sorted(joined.column_names) != ["row", "row_key"] or joined.schema.field("row").type != pa.int64():
         raise VerificationError(f"{folder / EXAMPLES} lacks the columns row (int64) and row_key")
-    if len(joined) != num_rows:
-        raise VerificationError(f"{folder / EXAMPLES} has {len(joined)} rows, the manifest says {num_rows}")
     rows = joined.column("row").to_numpy()
     corpus = content["corpus"]
-    view = View(folder, store, rows, corpus.get("info", corpus), content, artifact.fingerprint)
+    info = corpus.get("info", corpus)
+    if not isinstance(info, dict):
+        raise VerificationError(f"the manifest of view {folder}: info of the corpus is {info!r}")
+    view = View(folder, store, rows, info, content, artifact.fingerprint)
     _require_same_rows(view.reader, rows, keys_from_arrow(joined.column("row_key")), where=f"view {folder}")
     return view

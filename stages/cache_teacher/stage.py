@@ -146,7 +146,7 @@ class CacheTeacher(Stage):
             "max_length": str(self._max_tokens),
             "corpus" if self.corpus is not None else "dataset": corpus.fingerprint,
             **({} if self.dataset is None else {"task": corpus.info.task}),
-            "signals": ",".join(f"{spec.signal}:{spec.dtype}" for spec in self._specs(self._open_store())),
+            "signals": ",".join(dict.fromkeys(str(spec.encoded) for spec in self._specs(self._open_store()))),
             "store": identity.digest,
         }
 

@@ -321,6 +321,8 @@ def require_teacher_of(store: TeacherStore, teacher: Teacher) -> None:
 
 
 def _load(teacher: Teacher, dtype: str) -> nn.Module:
+    from pickle import UnpicklingError
+
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForSequenceClassification
@@ -337,7 +339,12 @@ def _load(teacher: Teacher, dtype: str) -> nn.Module:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UnpicklingError as error:
+        raise RefusedError(
+            f"teacher {teacher.source} cannot be read: its .bin file holds more than tensors, which may be code",
+            fix="save it as safetensors where you trust it: model.save_pretrained(folder)",
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         raise _unreadable(teacher.source, True, error) from error
     if not teacher.has_head:
         info = _without_pooler(model, info)

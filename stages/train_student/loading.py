@@ -67,6 +67,8 @@ def load_student(path: str | Path, *, device: str = "cpu") -> LoadedStudent:
 
     from . import bilstm_model  # noqa: F401  (makes the Auto classes know the BiLSTM)
 
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder), local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return LoadedStudent(model.eval().to(device), tokenizer)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...pipeline.artifact import open_artifact
-from ...pipeline.errors import KdError, RefusedError, UsageError
+from ...pipeline.errors import KdError, RefusedError, UsageError, VerificationError
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.store.signal import Signal
 from ...pipeline.store.view import View, open_view
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 
 AGREEMENT = "agreement"
 """Metric of held-out rows: share of decisions equal to the teacher's."""
+
+
+TEACHER_SIZES = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
+)
+MAX_SIZE = 1 << 24
+"""Of what students are shaped after; a store may be anybody's."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,17 @@ def prepare(stage: TrainStudent) -> Preparation:
 
 def _teacher_config(view: View) -> dict[str, object]:
     file = view.store.sidecar_folder("config") / "config.json"
-    config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+        for name in TEACHER_SIZES:
+            size = config.get(name, 1)
+            if type(size) is not int or not 0 <= size <= MAX_SIZE:
+                raise ValueError(f"{name} is {size!r}")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise VerificationError(
+            f"the teacher's config.json that store {view.store.url} keeps is not one: {error}",
+            fix="run kd cache-teacher with a new --store",
+        ) from None
     return config
 
 

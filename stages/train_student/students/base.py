@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ....pipeline.errors import RefusedError, UsageError, near_match
+from ....pipeline.errors import RefusedError, UsageError, VerificationError, near_match
 from ....pipeline.store.store import TeacherStore
 from ..registry import Registry, split_options
 
@@ -127,7 +127,16 @@ class TeacherFacts:
         """The teacher's tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.store.sidecar_folder("tokenizer")), local_files_only=True)
+        folder = str(self.store.sidecar_folder("tokenizer"))
+        try:
+            # Never asks, never runs code: the store may be anybody's.
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise VerificationError(
+                f"the tokenizer that store {self.store.url} keeps cannot be opened",
+                details=[(str(error).strip().splitlines() or [type(error).__name__])[0][:300]],
+                fix="run kd cache-teacher with a new --store",
+            ) from None
 
     def require_sidecars(self, *names: str, needed_by: str) -> None:
         """Refuse unless the store keeps these teacher tensors.

@@ -49,7 +49,7 @@ class Checkpoint(Student):
         from .. import bilstm_model  # noqa: F401  (makes AutoConfig know it)
 
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.path)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             return config
         except (OSError, ValueError) as error:
             raise RefusedError(
@@ -63,7 +63,7 @@ class Checkpoint(Student):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise RefusedError(
                 f"student {self.path!r} has no tokenizer that transformers opens", details=[str(error).splitlines()[0]]
@@ -103,7 +103,12 @@ class Checkpoint(Student):
         from transformers import AutoModelForSequenceClassification
 
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            self.path, dtype="float32", ignore_mismatched_sizes=True, output_loading_info=True, **task.config_fields()
+            self.path,
+            dtype="float32",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **task.config_fields(),
         )
         mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
         return Build(model, {"tensors_made_anew": sorted({*info["missing_keys"], *mismatched})})

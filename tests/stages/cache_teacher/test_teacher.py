@@ -187,6 +187,23 @@ def test_truncated_weights_are_refused_in_one_sentence(folder: Path) -> None:
         describe_teacher(str(folder)).load()
 
 
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    torch.save({**tensors, "classifier.bias": Payload(tmp_path / "it ran")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RefusedError, match="cannot be read"):
+        describe_teacher(str(folder)).load()
+    assert not (tmp_path / "it ran").exists()
+
+
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
