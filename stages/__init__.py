@@ -29,6 +29,7 @@ COMMANDS = {
     "store gc": ".store.gc:CollectStore",
     "store merge": ".store.merge:MergeStores",
     "store plan": ".store.plan:PlanStore",
+    "store export": ".store.export:ExportStore",
     "methods": ".listings:ListMethods",
     "students": ".listings:ListStudents",
     "signals": ".listings:ListSignals",
