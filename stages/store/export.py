@@ -34,7 +34,7 @@ class ExportStore(Stage):
     summary_line: ClassVar[str] = "Write a view or a store as a dataset that datasets.load_dataset opens."
     on_interrupt: ClassVar[str] = "the same command writes the files anew"
 
-    source: str = option(help="A view, with its corpus; or a store.", positional=True, metavar="VIEW|STORE")
+    source: str = option(help="A view, with its corpus; or a store.", positional=True, metavar="SOURCE")
     format: str = option(
         "datasets",
         help="datasets: every column and signal. topk: the largest logits, as other distillation tools read them.",
