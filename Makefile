@@ -31,7 +31,7 @@ check: $(READY) .links/kd  ## format, lint, types, layers, fast tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
 bench: $(READY)  ## speed and memory, as ratios within one run
-	for file in capture read train startup; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	for file in capture read train verify startup; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 docs: $(READY)  ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate.py

@@ -43,15 +43,18 @@ def texts(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Pat
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, texts: Path) -> Path:
     """A captured store of pairs: three shards, sidecars, records loose."""
-    folder = tmp_path_factory.mktemp("sound")
     torch.set_num_threads(1)
+    return capture_into(tmp_path_factory.mktemp("sound"), tiny_teacher, texts, SIGNALS)
+
+
+def capture_into(folder: Path, teacher: Path, texts: Path, signals: str) -> Path:
     stage = CacheTeacher(
-        teacher=str(tiny_teacher),
+        teacher=str(teacher),
         dataset=str(texts),
         text_column="text",
         text_pair_column="second",
         store=str(folder / "store"),
-        signals=SIGNALS,
+        signals=signals,
         sidecars=("embeddings", "head"),
         rows_per_shard=ROWS,
         max_length=48,
@@ -138,6 +141,20 @@ def test_a_damaged_signal_is_computed_again_and_nothing_else_is_touched(
     after = stamps(store)
     assert {name for name in after if before.get(name) != after[name]} == {"hidden.tok/02/c/1/0"}
     assert content(store) == content(sound)
+
+
+def test_every_array_of_an_encoding_is_repaired_on_its_own(
+    tmp_path: Path, tiny_teacher: Path, texts: Path, rows_run: list[int]
+) -> None:
+    store = capture_into(tmp_path, tiny_teacher, texts, "hidden.tok@2:float16,hidden.tok@2:int8,logits:int8")
+    before = content(store)
+    for name in ("hidden.tok.int8/02/c/1/0", "hidden.tok.int8.scale/02/c/1", "logits.scale/c/1"):
+        rows_run.clear()
+        flip(store / name, 9)
+        outcome = repair(store, tiny_teacher)
+        assert outcome.failure is None and sum(rows_run) == ROWS
+        assert [mended["file"] for mended in outcome.summary["restored"]] == [name]
+        assert content(store) == before
 
 
 def test_a_sound_store_is_left_alone_and_no_teacher_is_run(

@@ -1,0 +1,129 @@
+"""Verifying a store, beside hashing the same files and doing nothing else.
+
+    python benchmarks/verify.py [--rows 20000] [--rounds 5] [--folder DIR]
+
+Both read every file from the page cache, in one process on one core:
+- kd: `verify_store`: checksums, the index against its columns, row keys against token ids, metadata, records.
+- xxh3: the files read into one buffer of 1 MiB and hashed with XXH3-128, file after file.
+Ways take turns within a round; figures are medians over rounds. Seconds are those of the processor, so that other work
+on the machine counts little; the load it had is printed. Two stores, since the row keys are hashed one by one, whatever
+a row carries: one with the hidden states of all tokens (384 wide, float16), one with three logits a row and no more.
+
+Prints one table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kd.pipeline.ragged import Ragged
+from kd.pipeline.store import ArraySpec, Signal, StoreIdentity, TeacherStore, array_spec, create_or_open, verify_store
+
+LABELS, HIDDEN = 3, 384
+LOGITS, TOKENS = array_spec(Signal("logits"), LABELS), array_spec(Signal("hidden.tok", 6), HIDDEN)
+TARGET_BYTES_PER_S = 1e9
+
+
+def make_store(folder: Path, lengths: np.ndarray[Any, Any], specs: Sequence[ArraySpec]) -> TeacherStore:
+    """A store of random rows, captured from no teacher."""
+    rng = np.random.default_rng(0)
+    identity = StoreIdentity(teacher={"digest": "none"}, tokenizer={"digest": "none"}, capture={"benchmark": "verify"})
+    store = create_or_open(folder, identity)
+    store.allocate(Ragged.from_lengths(rng.integers(0, 30000, int(lengths.sum())), lengths))
+    store.declare(specs)
+    for shard, todo in store.missing(specs).items():
+        rows = store.read_tokens(shard)
+        writer, slots = store.writer(shard, todo), np.arange(len(rows.rows))
+        writer.put_rows(LOGITS.signal, slots, rng.standard_normal((len(slots), LABELS), dtype=np.float32))
+        if TOKENS in todo:
+            values = rng.integers(0, 0x7C00, (len(rows.token_ids.values), HIDDEN), dtype=np.uint16).view(np.float16)
+            writer.put_tokens(TOKENS.signal, slots, values)
+        writer.commit()
+    return store
+
+
+def hash_all(paths: Sequence[Path]) -> int:
+    """Hash files and return how many bytes they have."""
+    buffer, total = memoryview(bytearray(1 << 20)), 0
+    for path in paths:
+        digest = xxhash.xxh3_128()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                total += count
+        digest.digest()
+    return total
+
+
+def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Processor seconds of each way, median over rounds; one more round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            way()
+            if number:
+                seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to build the stores (default: a temporary folder)")
+    options = parser.parse_args()
+    rng = np.random.default_rng(1)
+    lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, options.rows)).astype(np.int64) + 2, 3, 66)
+    results: dict[str, Any] = {}
+    print(f"{'store':24}{'way':8}{'MB':>8}{'GB/s':>8}{'of xxh3':>9}{'rows/s':>12}{'target':>12}")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for name, specs in {"logits, hidden.tok@6": (LOGITS, TOKENS), "logits": (LOGITS,)}.items():
+            store = make_store(Path(folder) / name.split(",")[-1].strip(), lengths, specs)
+            paths = [path for path in sorted(Path(store.url).rglob("*")) if path.is_file()]
+            size = hash_all(paths)
+            assert verify_store(store.url).ok
+            seconds = measure(
+                {"kd": lambda s=store: verify_store(s.url), "xxh3": lambda p=paths: hash_all(p)}, options.rounds
+            )
+            results[name] = {
+                "bytes": size,
+                "bytes_per_s": {way: round(size / value) for way, value in seconds.items()},
+                "rows_per_s": round(options.rows / seconds["kd"]),
+                "ratio": round(seconds["xxh3"] / seconds["kd"], 3),
+            }
+            for way, value in seconds.items():
+                share = f"{seconds['xxh3'] / value:.2f}" if way == "kd" else ""
+                target = ">=1 GB/s" if way == "kd" and TOKENS in specs else ""
+                rate = f"{options.rows / value:,.0f}" if way == "kd" else ""
+                print(f"{name:24}{way:8}{size / 1e6:8.1f}{size / value / 1e9:8.2f}{share:>9}{rate:>12}{target:>12}")
+    print(
+        json.dumps(
+            {
+                "benchmark": "verify",
+                "rows": options.rows,
+                "rounds": options.rounds,
+                **results,
+                "target_bytes_per_s": TARGET_BYTES_PER_S,
+                "load": [round(value, 1) for value in os.getloadavg()],
+                "machine": platform.platform(),
+                "cpus": os.cpu_count(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
