@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .disk import disk_full_explained
 from .errors import RefusedError
 
 MANIFEST = "manifest.json"
@@ -45,8 +46,16 @@ class Artifact:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old bytes or all of the new ones, whatever is killed when."""
-    path = Path(path)
+    """Write `data` so that `path` holds either its old bytes or all of the new ones, whatever is killed when.
+
+    Raises:
+        IncompleteError: the disk is full; the old bytes are there.
+    """
+    with disk_full_explained(path):
+        _atomic_write_bytes(Path(path), data)
+
+
+def _atomic_write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

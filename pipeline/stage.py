@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from .artifact import MANIFEST, Artifact, json_ready, kd_version, open_artifact, read_manifest, write_manifest
+from .disk import disk_full_explained
 from .errors import KdError, RefusedError, UsageError
 from .fingerprint import differing_fields, fingerprint
 from .ranks import Ranks, launched
@@ -272,14 +273,16 @@ def execute(stage: Stage, context: StageContext | None = None) -> Outcome:
     Raises:
         RefusedError: `output_dir` holds the result, or the unfinished work, of another configuration (the differing
             fields are shown), files that no stage of kd put there, or work that another process is doing now.
+        IncompleteError: the disk is full.
     """
     context = context or StageContext()
     ranks = stage.ranks()
-    if ranks is None:
-        return _execute(stage, context)
-    if ranks.leads:
-        with ranks.leading():
+    with disk_full_explained(getattr(stage, "output_dir", None) or f"kd {stage.command}"):
+        if ranks is None:
             return _execute(stage, context)
+        if ranks.leads:
+            with ranks.leading():
+                return _execute(stage, context)
     silent = dataclasses.replace(context, progress=NullProgress())
     return ranks.following(lambda: stage.run(silent))
 
@@ -370,10 +373,11 @@ def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     marker = folder / UNFINISHED
     with _locked(marker) as descriptor:
         data = json.dumps({"identity": identity}, ensure_ascii=False).encode()
-        if marker.read_bytes() != data:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, data)
         try:
+            if marker.read_bytes() != data:
+                with disk_full_explained(marker), open(descriptor, "r+b", closefd=False) as file:
+                    file.truncate()
+                    file.write(data)
             yield
         finally:
             names = os.listdir(folder) if folder.is_dir() else []

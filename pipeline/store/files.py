@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from ..disk import disk_full, disk_full_explained, is_disk_full
 from ..errors import KdError, RefusedError, VerificationError
 from .locks import require_locks
 
@@ -309,7 +310,8 @@ class LocalFiles(StoreFiles):
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        make_folders(self.root)
+        with disk_full_explained(self.root):
+            make_folders(self.root)
         flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(f"{self.root}/{LOCK_FILE}", flags, 0o666)
         try:
@@ -325,7 +327,8 @@ class LocalFiles(StoreFiles):
     def stage(self, name: str, parts: Sequence[Buffer]) -> StagedFile:
         path = self.path(name)
         self.inside(name)
-        return StagedFile(path, self.inside(f"{STAGING}/{name.replace('/', '~')}"), parts)
+        with disk_full_explained(path):
+            return StagedFile(path, self.inside(f"{STAGING}/{name.replace('/', '~')}"), parts)
 
     def write(self, name: str, parts: Sequence[Buffer]) -> None:
         with self.stage(name, parts) as staged:
@@ -348,17 +351,18 @@ class LocalFiles(StoreFiles):
     def put_folder(self, name: str, contents: Mapping[str, bytes]) -> None:
         folder, temporary = self.inside(name), self.inside(f"{STAGING}/{name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        for file, data in contents.items():
-            self.path(f"{name}/{file}")  # refuses names that are not plain
-            path = f"{temporary}/{file}"
-            make_folders(os.path.dirname(path))
-            with open(path, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            sync_folder(os.path.dirname(path))
-        make_folders(os.path.dirname(folder))
-        os.rename(temporary, folder)
+        with disk_full_explained(folder):
+            for file, data in contents.items():
+                self.path(f"{name}/{file}")  # refuses names that are not plain
+                path = f"{temporary}/{file}"
+                make_folders(os.path.dirname(path))
+                with open(path, "xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                sync_folder(os.path.dirname(path))
+            make_folders(os.path.dirname(folder))
+            os.rename(temporary, folder)
         sync_folder(os.path.dirname(folder))
 
     def sweep(self) -> None:
@@ -374,8 +378,9 @@ class LocalFiles(StoreFiles):
 
     def claim(self, name: str) -> FileClaim | None:
         path = self.inside(f"{STAGING}/claim~{name}")
-        make_folders(os.path.dirname(path))
-        descriptor = _open_locked(path, wait=False)
+        with disk_full_explained(path):
+            make_folders(os.path.dirname(path))
+            descriptor = _open_locked(path, wait=False)
         return None if descriptor is None else FileClaim(path, descriptor)
 
 
@@ -429,28 +434,24 @@ class StagedFile:
             for part in parts:
                 _write_all(self._descriptor, memoryview(part).cast("B"))
             os.fsync(self._descriptor)
-        except OSError as error:
+        except BaseException as error:
             self.discard()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise KdError(
-                    f"no space left on the disk of {path}",
-                    fix="free some and run the same command again: it resumes",
-                ) from error
-            raise
-        except BaseException:
-            self.discard()
+            if is_disk_full(error):
+                raise disk_full(path, error) from error
             raise
 
     def publish(self) -> None:
         """Give the file its name, replacing what had it."""
-        os.rename(self.temporary, self.final)
+        with disk_full_explained(self.final):
+            os.rename(self.temporary, self.final)
         self._close()
         sync_folder(os.path.dirname(self.final))
 
     def publish_new(self) -> bool:
         """Give the file its name unless that is taken; False when it was."""
         try:
-            os.link(self.temporary, self.final)
+            with disk_full_explained(self.final):
+                os.link(self.temporary, self.final)
         except FileExistsError:
             return False
         except OSError as error:

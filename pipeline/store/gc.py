@@ -106,10 +106,11 @@ def collect_garbage(
                 details=[f"gone: {place}" for place in garbage.gone.values()] or ["no view was ever entered"],
                 fix="name a view that is elsewhere with --keep-view; or delete the store's folder yourself",
             )
+        # First what needs no room: the disk may be full, and that be why.
+        files.remove(*(name for name, _ in garbage.leftovers))
         for view in kept:
             enter_view(files, store.store_digest, view)
         _drop(store, reader, catalogue, garbage.files)
-        files.remove(*(name for name, _ in garbage.leftovers))
         files.remove(*(f"views/{fingerprint}.json" for fingerprint in garbage.gone))
         files.sweep()
     return garbage
