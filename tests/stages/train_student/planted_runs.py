@@ -44,6 +44,8 @@ def train(plan: dict[str, Any], run: dict[str, Any], rank: int) -> None:
     def kill(number: int) -> None:
         if run.get("kill") == [rank, number]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if run.get("interrupt") == [rank, number]:
+            os.kill(os.getpid(), signal.SIGINT)
 
     Watched([PlantedView(**view) for view in plan["views"]], on_pass=kill).watch()
     if run.get("shift"):

@@ -226,6 +226,8 @@ def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFact
         {"name": "resumed-alone", "ranks": 1, "output": "killed-0", "fields": alone},
         {"name": "killed-alone", "ranks": 1, "output": "killed-alone", "fields": alone, "kill": [0, 13]},
         {"name": "resumed-by-two", "ranks": 2, "output": "killed-alone", "fields": both},
+        {"name": "interrupted", "ranks": 2, "output": "interrupted", "fields": both, "interrupt": [1, 5]},
+        {"name": "continued", "ranks": 2, "output": "interrupted", "fields": both},
         {"name": "again", "ranks": 2, "output": "two", "fields": both},
         {"name": "refused", "ranks": 2, "output": "two", "fields": {**both, "learning_rate": 0.5}},
         {"name": "diverged", "ranks": 2, "output": "diverged", "fields": {**both, "learning_rate": 1e30}},
@@ -317,6 +319,14 @@ def test_two_ranks_resume_with_the_exact_next_batch(launched: Callable[[str], La
     assert killed.codes[1] == -9 and killed.codes[0] != 0 and resumed.codes == [0, 0]
     assert resumed.steps() == two.steps()[4:], "the checkpoint was of step 4"
     assert resumed.weights() == two.weights() and resumed.losses() == two.losses()
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint_of_that_step(launched: Callable[[str], Launched]) -> None:
+    two, interrupted, continued = launched("two"), launched("interrupted"), launched("continued")
+    assert interrupted.codes == [130, 130] and interrupted.steps() == two.steps()[:6]
+    assert continued.codes == [0, 0] and continued.steps() == two.steps()[6:]
+    assert continued.weights() == two.weights()
 
 
 @pytest.mark.slow
