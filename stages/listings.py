@@ -63,13 +63,14 @@ class ListSignals(Stage):
     summary_line: ClassVar[str] = "List the teacher outputs that can be cached."
 
     def run(self, context: StageContext) -> StageResult:
-        from ..pipeline.store.signal import SIGNALS
+        from ..pipeline.store.signal import ENCODINGS, SIGNALS
 
         signals = [
             {"name": name, "summary": kind.about, "axis": kind.axis, "per_layer": kind.per_layer, "dtype": kind.dtype}
             for name, kind in SIGNALS.items()
         ]
-        return StageResult(summary={"signals": signals})
+        encodings = [{"name": name, "error": encoding.error} for name, encoding in ENCODINGS.items()]
+        return StageResult(summary={"signals": signals, "encodings": encodings})
 
     def report(self, summary: Mapping[str, Any]) -> str:
         rows = [
@@ -79,7 +80,16 @@ class ListSignals(Stage):
             }
             for signal in summary["signals"]
         ]
-        return _table(rows) + "\n\nLAYERS: 6, 4+6, 1-12, all, last; 0 is the embedding output"
+        encodings = [
+            {"name": encoding["name"], "summary": f"largest error: {encoding['error']}"}
+            for encoding in summary["encodings"]
+        ]
+        return (
+            _table(rows)
+            + "\n\nLAYERS: 6, 4+6, 1-12, all, last; 0 is the embedding output"
+            + "\n\nEach may be followed by :ENCODING, x being the teacher's number:\n"
+            + _table(encodings)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -367,9 +367,15 @@ def place(wanted: Iterable[ArraySpec], there: Iterable[ArraySpec]) -> tuple[Arra
     """Specs with the paths they have in a store that holds others: a signal's first encoding has the plain one.
 
     Args:
-        wanted: each once or more; whether they are plain says nothing.
+        wanted: each once or more. What is not plain stays so: it comes from a store where it stands beside another.
         there: the arrays declared.
     """
+    there = tuple(there)
     first = {spec.signal: spec.encoding for spec in there if spec.plain}
-    placed = [replace(spec, plain=first.setdefault(spec.signal, spec.encoding) == spec.encoding) for spec in wanted]
+    beside = {(spec.signal, spec.encoding) for spec in there if not spec.plain}
+    placed = []
+    for spec in wanted:
+        plain = spec.plain and (spec.signal, spec.encoding) not in beside
+        plain = plain and first.setdefault(spec.signal, spec.encoding) == spec.encoding
+        placed.append(replace(spec, plain=plain))
     return tuple(dict.fromkeys(placed))

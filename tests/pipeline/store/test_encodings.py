@@ -97,6 +97,18 @@ def test_the_first_encoding_has_the_plain_path_whatever_it_is(stored) -> None:
     assert store.verify().ok
 
 
+def test_an_encoding_that_stands_beside_another_stays_there(stored) -> None:
+    """As in a merge, where specs come from a store in the order of their paths."""
+    store, _, _ = stored
+    given = place((*made_of("hidden.tok@2:float16"), *made_of("hidden.tok@2:int8")), ())
+    declared = store.declare(sorted(given, key=lambda spec: spec.path))
+    assert {spec.path for spec in declared} == {"hidden.tok/02", "hidden.tok.int8/02", "hidden.tok.int8.scale/02"}
+    assert store.spec("hidden.tok@2").dtype == "float16"
+    # Alone, and asked for again as anybody asks: not a second time under the plain path.
+    alone = tuple(spec for spec in given if spec.encoding == "int8")
+    assert place(made_of("hidden.tok@2:int8"), alone) == alone
+
+
 def test_each_row_is_read_in_the_most_exact_encoding_that_its_shard_has(stored) -> None:
     store, rows, shards = stored
     put(store, made_of("hidden.tok@2:int8"), shards[:2])

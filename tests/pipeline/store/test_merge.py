@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from kd.pipeline.errors import RefusedError, VerificationError
-from kd.pipeline.store import Signal, StoreIdentity, TeacherStore, array_spec, create_or_open, open_store, row_keys
+from kd.pipeline.store import (
+    Signal,
+    StoreIdentity,
+    TeacherStore,
+    array_spec,
+    array_specs,
+    create_or_open,
+    open_store,
+    row_keys,
+)
 from kd.pipeline.store.merge import merge_stores
 
 Make = Callable[..., TeacherStore]
@@ -179,3 +188,22 @@ def test_rows_allocated_by_another_process_meanwhile_are_not_stored_twice(
     monkeypatch.setattr(TeacherStore, "adopt", late)
     merge_stores(target, [source])
     check(target, tools, range(40), tools.specs)
+
+
+def test_further_encodings_are_merged_where_they_stand(make: Make, tmp_path: Path, tools) -> None:
+    """int8 sorts before the plain path and stays beside it; packed shards keep codes with their scales."""
+    sources = [make("one", range(0, 20)), make("two", range(15, 33))]
+    for store in sources:
+        tools.capture(store, array_specs(Signal("hidden.tok", 2, "int8"), 4))
+    target = make("target", range(10, 25), specs=())
+    merge_stores(target, sources)
+    check(target, tools, [*range(10, 25), *range(10), *range(25, 33)], tools.specs)
+    paths = {path for path in target.declared() if path.startswith("hidden.tok")}
+    assert paths == {"hidden.tok/01", "hidden.tok/02", "hidden.tok.int8/02", "hidden.tok.int8.scale/02"}
+    ids, segments = tools.make_rows(60)
+    for store in (target, sources[0]):
+        numbers = store.lookup(row_keys(ids.take([*range(20)]), segments.take([*range(20)])))
+        values, lengths = store.reader().gather_tokens("hidden.tok@2:int8", numbers)
+        exact, _ = store.reader().gather_tokens("hidden.tok@2", numbers)
+        assert (np.abs(values - exact) <= np.abs(exact).max(axis=-1, keepdims=True) / 254 * 1.001).all()
+        assert lengths.all()
