@@ -64,7 +64,7 @@ class Encoding:
 ENCODINGS: Mapping[str, Encoding] = {
     "float32": Encoding({"": "float32"}, "none"),
     "float16": Encoding({"": "float16"}, "|x|/2048 (3e-8 below 6e-5)"),
-    "int8": Encoding({"": "int8", "scale": "float32"}, "largest |x| of the row or token / 254"),
+    "int8": Encoding({"": "int8", "scale": "float32"}, "largest |x| of the row or token / 253.9"),
 }
 """Encodings by name, the most exact first."""
 

@@ -187,7 +187,7 @@ def test_the_card_says_what_the_columns_are_and_leaves_the_licence_open(view: Vi
     assert described["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*"}]
     features = {feature["name"]: feature for feature in described["dataset_info"]["features"]}
     assert features["label_gold"]["dtype"]["class_label"]["names"] == {str(i): name for i, name in enumerate(NAMES)}
-    for words in ("`hidden.tok@2:int8`", "`hidden.tok@1:float16`", "/ 254", "none", "negative, neutral, positive"):
+    for words in ("`hidden.tok@2:int8`", "`hidden.tok@1:float16`", "/ 253.9", "none", "negative, neutral, positive"):
         assert words in body
     assert str(view.store.identity.teacher["tensors"]) in body
 

@@ -119,7 +119,7 @@ def test_the_table_weighs_encodings_against_the_budget(tmp_path: Path, shared: d
     assert [row["encoding"] for row in (exact, half, small)] == ["float32", "float16", "int8"]
     assert exact["signals"] == "logits:float32,hidden.tok@1:float32,hidden.mean@2:float32"
     assert small["signals"] == "logits:int8,hidden.tok@1:int8,hidden.mean@2:float32"
-    assert exact["bytes"] > half["bytes"] > small["bytes"] and exact["error"] == "none" and "254" in small["error"]
+    assert exact["bytes"] > half["bytes"] > small["bytes"] and exact["error"] == "none" and "253.9" in small["error"]
     for budget, expected in (
         (exact["bytes"], exact["signals"]),
         # Tokens are the dearest, so they are the first to give; logits stay exact.
