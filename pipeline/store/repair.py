@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import KdError
-from .files import Buffer
 from .layout import GROUP_FILE, array_label, group_metadata, metadata_bytes
 from .records import FileRecord, Record, RecordReader, build_catalogue, live_files
 from .register import is_view, read_views
@@ -171,11 +170,13 @@ class Replaced:
 
     Attributes:
         restored: those that have the recorded checksum; they are in their places.
+        corrected: those that stood in their places all the time, while a record said otherwise; one supersedes it now.
         accepted: those that have another one, and were committed by a record of their own.
         refused: those that have another one, and were not.
     """
 
     restored: tuple[FileRecord, ...]
+    corrected: tuple[FileRecord, ...]
     accepted: tuple[FileRecord, ...]
     refused: tuple[FileRecord, ...]
 
@@ -191,22 +192,32 @@ def replace_files(
         accept_recomputed: commit a file that differs from its record, by a record that supersedes that one for this
             array. The record comes first: killed before the file follows, the shard counts as damaged as before.
     """
+    from .verify import compare_file
+
     wanted = {*damaged}
-    restored, accepted, refused = [], [], []
+    restored, corrected, accepted, refused = [], [], [], []
     for file, parts in writer.encoded():
         if file.spec.path not in wanted:
             continue
         with store.files.lock():
             recorded = _recorded(store, file)
-            if file in recorded:
-                store.files.write(file.file, parts)
-                restored.append(file)
-            elif accept_recomputed:
-                _supersede(store, file, recorded, parts)
-                accepted.append(file)
-            else:
+            wrong = [record for named, record in recorded.items() if named != file]
+            stands = compare_file(store.files, file) is None
+            if file not in recorded and not stands and not accept_recomputed:
                 refused.append(file)
-    return Replaced(tuple(restored), tuple(accepted), tuple(refused))
+                continue
+            if wrong:
+                _supersede(store, file, wrong)
+            if not stands:
+                store.files.write(file.file, parts)
+            if not wrong:
+                restored.append(file)
+            elif stands or file in recorded:
+                # The teacher and what stands there, or another record, agree: no more can be asked of a record.
+                corrected.append(file)
+            else:
+                accepted.append(file)
+    return Replaced(tuple(restored), tuple(corrected), tuple(accepted), tuple(refused))
 
 
 def _recorded(store: TeacherStore, file: FileRecord) -> Mapping[FileRecord, Record]:
@@ -218,10 +229,8 @@ def _recorded(store: TeacherStore, file: FileRecord) -> Mapping[FileRecord, Reco
     }
 
 
-def _supersede(
-    store: TeacherStore, file: FileRecord, recorded: Mapping[FileRecord, Record], parts: list[Buffer]
-) -> None:
-    first = next(iter(recorded.values()))
+def _supersede(store: TeacherStore, file: FileRecord, wrong: Sequence[Record]) -> None:
+    first = wrong[0]
     record = Record(
         first.store,
         first.shard,
@@ -229,7 +238,6 @@ def _supersede(
         first.tokens,
         (file,),
         allocation=first.allocation,
-        supersedes=tuple(record.digest for record in recorded.values()),
+        supersedes=tuple(record.digest for record in wrong),
     )
     store.files.create(record.file, record.encode())
-    store.files.write(file.file, parts)

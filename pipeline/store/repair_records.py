@@ -247,17 +247,24 @@ def unrecorded_specs(store: TeacherStore, records: Iterable[Record]) -> dict[int
 
 def _restore_allocations(store: TeacherStore, outcome: Outcome) -> None:
     records = sound_records(store)
-    there = {record.shard for record in records if record.index is not None}
+    there: dict[int, set[str]] = {}
+    named: dict[int, set[str]] = {}
+    for record in records:
+        if record.allocation is None:
+            there.setdefault(record.shard, set()).add(record.digest)
+        else:
+            named.setdefault(record.shard, set()).add(record.allocation)
     for shard in range(1 + max((record.shard for record in records), default=-1)):
-        if shard in there:
+        wanted = named.get(shard, set())
+        # One that no other record of the shard knows may have been edited: is the right one on disk?
+        if shard in there and (not wanted or wanted & there[shard]):
             continue
-        wanted = {record.allocation for record in records if record.shard == shard}
         found = _allocation_on_disk(store, shard)
         # Without any other record of the shard, index and ids that agree in every row key are proof enough.
-        if found is not None and (not wanted or wanted == {found.digest}):
+        if found is not None and (found.digest in wanted or not wanted):
             store.files.create(found.file, found.encode())
             outcome.restore(shard, "record", found.file, "rebuilt from the index and the token ids")
-        elif wanted:
+        elif shard not in there and wanted:
             outcome.lose(
                 f"{COMMITS}/{shard:08d}",
                 f"the allocation of shard {shard} is lost, and index and token ids on disk do not give it: "

@@ -265,6 +265,10 @@ class RepairStore(Stage):
             computed.append(done.record)
             for name, signal in done.record.restored:
                 outcome.restore(done.shard, signal, name, "computed again; it has the recorded checksum")
+            for name, signal in done.record.corrected:
+                outcome.restore(
+                    done.shard, signal, name, "file and teacher agree; a new record supersedes one that said otherwise"
+                )
             for name in done.record.differs:
                 outcome.lose(
                     name,
@@ -346,12 +350,14 @@ class RepairedShard:
     Attributes:
         rows: that the teacher read.
         restored: (file, signal) with the recorded checksum, or without a record before.
+        corrected: (file, signal) that were right, while a record was not.
         accepted: files with another checksum, committed all the same.
         differs: files with another checksum, left as they were.
     """
 
     rows: int
     restored: tuple[tuple[str, str], ...]
+    corrected: tuple[tuple[str, str], ...]
     accepted: tuple[str, ...]
     differs: tuple[str, ...]
 
@@ -391,6 +397,7 @@ class RepairJob:
         return RepairedShard(
             rows,
             tuple((file.file, file.spec.label) for file in (*replaced.restored, *committed)),
+            tuple((file.file, file.spec.label) for file in replaced.corrected),
             tuple(file.file for file in replaced.accepted),
             tuple(file.file for file in replaced.refused),
         )

@@ -454,3 +454,51 @@ def test_the_command_says_what_it_did(
     assert main(["store", "repair", str(store), "--teacher", str(tiny_teacher), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["ok"] and result["rows_computed"] == ROWS
+
+
+def rewritten(store: Path, shard: int, *, allocation: bool, **edits: Any) -> None:
+    """A record edited by somebody who gave it the name that fits."""
+    import hashlib
+
+    path = record(store, shard, allocation=allocation)
+    content_ = json.loads(path.read_bytes())
+    for key, value in edits.items():
+        if key in content_:
+            content_[key] = value
+        else:
+            next(item for item in content_["arrays"] if item["array"] == "logits")[key] = value
+    data = json.dumps(content_, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    path.unlink()
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    (store / "commits" / f"{shard:08d}.{digest}.json").write_bytes(data)
+
+
+def test_a_record_edited_under_a_fitting_name_is_superseded_when_file_and_teacher_agree(
+    store: Path, sound: Path, tiny_teacher: Path, rows_run: list[int]
+) -> None:
+    rewritten(store, 1, allocation=False, xxh3_128="0" * 32)
+    before = stamps(store)
+    outcome = repair(store, tiny_teacher)
+    assert outcome.failure is None and sum(rows_run) == ROWS
+    assert "file and teacher agree" in outcome.summary["restored"][0]["how"]
+    after = stamps(store)
+    assert all(after[name] == before[name] for name in before)
+    assert outcome.summary["store_digest"] == open_store(str(sound)).digest()
+
+
+def test_two_records_of_different_contents_are_decided_by_the_teacher(
+    store: Path, sound: Path, tiny_teacher: Path
+) -> None:
+    original = record(store, 1, allocation=False)
+    data = original.read_bytes()
+    rewritten(store, 1, allocation=False, xxh3_128="0" * 32)
+    original.write_bytes(data)
+    assert any("two records name different contents" in str(p) for p in verify_store(str(store)).problems)
+    outcome = repair(store, tiny_teacher)
+    assert outcome.failure is None and outcome.summary["store_digest"] == open_store(str(sound)).digest()
+
+
+def test_an_edited_allocation_gives_way_to_the_one_that_the_files_make(store: Path, sound: Path) -> None:
+    rewritten(store, 1, allocation=True, rows=15)
+    assert repair(store, None).failure is None
+    assert content(store) == content(sound)
