@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -181,20 +181,30 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
 def format_signals(signals: Iterable[Signal]) -> str:
     """Signals as a list that `parse_signals` reads, layers that stand side by side together.
 
-    >>> format_signals(parse_signals("logits,hidden.tok@1-2:int8", 2))
-    'logits,hidden.tok@1+2:int8'
+    >>> format_signals(parse_signals("logits,hidden.tok@0+2-5:int8", 6))
+    'logits,hidden.tok@0+2-5:int8'
     """
-    items: list[tuple[str, str | None, list[str]]] = []
+    items: list[tuple[str, str | None, list[int]]] = []
     for signal in signals:
-        layers = [] if signal.layer is None else [str(signal.layer)]
+        layers = [] if signal.layer is None else [signal.layer]
         if layers and items and items[-1][:2] == (signal.name, signal.encoding):
             items[-1][2].extend(layers)
         else:
             items.append((signal.name, signal.encoding, layers))
     return ",".join(
-        name + (f"@{'+'.join(layers)}" if layers else "") + (f":{encoding}" if encoding else "")
+        name + (f"@{_format_layers(layers)}" if layers else "") + (f":{encoding}" if encoding else "")
         for name, encoding, layers in items
     )
+
+
+def _format_layers(layers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
 
 
 def _parse_layers(text: str, num_layers: int, item: str) -> list[int]:

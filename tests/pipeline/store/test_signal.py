@@ -6,9 +6,20 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kd.pipeline.errors import UsageError
-from kd.pipeline.store.signal import INPUTS, SIGNALS, ArraySpec, Signal, array_spec, parse_signals
+from kd.pipeline.store.signal import (
+    ENCODINGS,
+    INPUTS,
+    SIGNALS,
+    ArraySpec,
+    Signal,
+    array_spec,
+    format_signals,
+    parse_signals,
+)
 
 
 def named(text: str, num_layers: int = 6) -> list[str]:
@@ -29,9 +40,32 @@ def test_a_signal_named_twice_is_kept_once_in_its_first_place() -> None:
     assert named("hidden.tok@2,logits,hidden.tok@1-2,logits") == ["hidden.tok@2", "logits", "hidden.tok@1"]
 
 
+@given(
+    st.lists(
+        st.builds(Signal, st.just("hidden.tok"), st.integers(0, 12), st.sampled_from([None, *ENCODINGS]))
+        | st.builds(Signal, st.just("logits"), st.none(), st.sampled_from([None, *ENCODINGS])),
+        unique=True,
+        min_size=1,
+    )
+)
+def test_signals_written_as_a_list_are_read_as_they_were(signals: list[Signal]) -> None:
+    assert list(parse_signals(format_signals(signals), 12)) == signals
+    assert [Signal.parse(str(signal)) for signal in signals] == signals
+
+
+def test_layers_side_by_side_are_written_as_a_range() -> None:
+    assert format_signals(parse_signals("hidden.cls@all,logits,hidden.tok@1-2+4:int8", 6)) == (
+        "hidden.cls@0-6,logits,hidden.tok@1+2+4:int8"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("logits:int4", "unknown encoding 'int4'.*did you mean 'int8'"),
+        ("hidden.tok@1:", "unknown encoding ''"),
+        ("hidden.tok:int8@1", "unknown encoding 'int8@1'"),
+        ("token_ids:int8", "always stored"),
         ("logit", "did you mean 'logits'"),
         ("hidden.tokens@3", "did you mean 'hidden.tok'"),
         ("hidden.tok", "needs a layer"),
