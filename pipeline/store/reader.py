@@ -226,10 +226,12 @@ class _Stored:
     Every number of a row is then the same in any batch. All come in one dtype, float32 unless all are float16.
     """
 
-    def __init__(self, encodings: Sequence[Sequence[_Array]], choice: npt.NDArray[np.int8]) -> None:
+    def __init__(self, signal: Signal, encodings: Sequence[Sequence[_Array]], choice: npt.NDArray[np.int8]) -> None:
         self.encodings, self.choice = encodings, choice
         self.complete = bool((choice >= 0).all())
-        self.spec = encodings[0][0].spec
+        # Of what was asked for, where that is derived from another signal.
+        first = encodings[0][0].spec
+        self.spec = replace(first, signal=replace(first.signal, name=signal.name))
         dtypes = {_dtype(arrays[0].spec) for arrays in encodings}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
 
@@ -315,10 +317,12 @@ class StoreReader:
         """[B] whether the signal is captured for each row."""
         rows_B = _row_numbers(rows)
         shards, _, _ = self.index.locate(rows_B)
-        return self.catalogue.choice(self.catalogue.stored(self._asked(signal)))[shards] >= 0
+        return self.catalogue.choice(self._groups(self._asked(signal)))[shards] >= 0
 
     def gather(self, signal: Signal | str, rows: npt.ArrayLike, *, out: Array | None = None) -> Array:
         """[B, ...] one entry per row of an example-axis signal, in the stored dtype (int8: float32); a copy.
+
+        `hidden.cls` of a layer whose tokens are stored is the first of them where it is not stored itself.
 
         Args:
             out: memory to use, as in `gather_tokens`.
@@ -328,11 +332,18 @@ class StoreReader:
         """
         stored = self._open(signal, "example")
         rows_B = _row_numbers(rows)
-        shards, _, _ = self.index.locate(rows_B)
+        shards, starts, _ = self.index.locate(rows_B)
         self._require(stored, signal, shards)
         slots = rows_B - shards * self.layout.rows_per_shard
         values = _memory(out, (len(rows_B), *stored.spec.shape), stored.dtype)
-        return stored.fill(values, shards, lambda array, mine, out: array.take(shards[mine], slots[mine], out))
+
+        def take(array: _Array, mine: Any, out: Array | None) -> Array:
+            if array.spec.axis == "example":
+                return array.take(shards[mine], slots[mine], out)
+            first = np.ones(len(shards[mine]), dtype=np.int64)
+            return array.take_tokens(shards[mine], starts[mine], first, None if out is None else out[:, None])[:, 0]
+
+        return stored.fill(values, shards, take)
 
     def gather_tokens(
         self,
@@ -383,7 +394,7 @@ class StoreReader:
         stored = self._stored.get(str(signal))
         if stored is None:
             asked = self._asked(signal)
-            groups = self.catalogue.stored(asked)
+            groups = self._groups(asked)
             choice = self.catalogue.choice(groups)
             # Encodings that no shard is read in are left closed.
             used = [number for number in range(len(groups)) if (choice == number).any()]
@@ -399,11 +410,18 @@ class StoreReader:
                 renumbered = np.full(len(choice), -1, dtype=np.int8)
                 for new, old in enumerate(used):
                     renumbered[choice == old] = new
-                stored = self._stored[str(signal)] = _Stored(encodings, renumbered)
+                stored = self._stored[str(signal)] = _Stored(asked, encodings, renumbered)
         if axis is not None and stored.spec.axis != axis:
             method = "gather_tokens" if stored.spec.axis == "token" else "gather"
             raise RefusedError(f"{signal} has one entry per {stored.spec.axis}", fix=f"use {method}")
         return stored
+
+    def _groups(self, asked: Signal) -> list[tuple[ArraySpec, ...]]:
+        """The arrays that give a signal, by encoding; the nearest come first, those it is derived from last."""
+        groups = [*self.catalogue.stored(asked)]
+        if asked.name == "hidden.cls":
+            groups += self.catalogue.stored(replace(asked, name="hidden.tok"))
+        return groups
 
     def _array(self, spec: ArraySpec) -> _Array:
         if spec.path not in self._arrays:

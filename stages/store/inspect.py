@@ -49,10 +49,9 @@ class InspectStore(Stage):
             lines.append(f"  {array} lacks shards {format_ranges(from_ranges(shards))}")
         if summary["derivable"]:
             lines.append("  derivable, without being stored")
-            lines += [
-                f"    {one['signal']}  from {one['from']}{'' if one['exact'] else ', as it is stored'}"
-                for one in summary["derivable"]
-            ]
+            for one in summary["derivable"]:
+                how = "and read from there" if one["exact"] else "up to rounding"
+                lines.append(f"    {one['signal']}  from {one['from']}, {how}")
         lines.append("  views" if summary["views"] else "  views    (none)")
         for view in summary["views"]:
             state = "" if view["there"] else "; its folder is gone"

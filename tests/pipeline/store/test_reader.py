@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 
 from kd.pipeline.errors import RefusedError, VerificationError
 from kd.pipeline.ragged import Ragged
-from kd.pipeline.store import Signal, StoreLayout, StoreReader, TeacherStore, array_spec, create_or_open, reader
+from kd.pipeline.store import (
+    Signal,
+    StoreLayout,
+    StoreReader,
+    TeacherStore,
+    array_spec,
+    array_specs,
+    create_or_open,
+    reader,
+)
 from kd.pipeline.store.layout import fill_value
 from kd.pipeline.store.records import FileRecord, Record, hash_parts
 from kd.pipeline.store.shard import crc32c
@@ -425,3 +434,32 @@ def test_rows_far_apart_in_a_large_store_are_reached(tmp_path: Path, identity, t
     ids = Ragged.concatenate([part[0] for part in shards])
     segments = Ragged.concatenate([part[1] for part in shards])
     expect_everything(opened, ids, segments, np.concatenate(rows), [spec], tools.answer)
+
+
+def test_hidden_cls_is_the_first_token_where_only_tokens_are_stored(make_store, tools) -> None:
+    tok = tools.specs[3]
+    cls = array_specs(Signal("hidden.cls", 2), 4)
+    store, ids, segments, rows = make_store(30, specs=[tok])
+    first = tools.answer(tok, ids, segments)[ids.offsets[:-1]]
+    reader = store.reader()
+    assert reader.has("hidden.cls@2", rows).all() and not reader.has("hidden.cls@1", rows).any()
+    assert (reader.spec("hidden.cls@2").axis, reader.spec("hidden.cls@2").shape) == ("example", (4,))
+    np.testing.assert_array_equal(reader.gather("hidden.cls@2", rows), first)
+    out = np.full((30, 4), 7, dtype=np.float16)
+    assert reader.gather("hidden.cls@2", rows, out=out).base is not None
+    np.testing.assert_array_equal(out, first)
+    with pytest.raises(RefusedError, match=r"hidden\.cls@2 has one entry per example"):
+        reader.gather_tokens("hidden.cls@2", rows)
+    # Stored in some shards: there it is read, elsewhere derived.
+    tools.capture(store, cls, shards=[0])
+    mixed = store.reader().gather("hidden.cls@2", rows)
+    mine = rows < store.layout.rows_per_shard
+    np.testing.assert_array_equal(mixed[mine], tools.answer(cls[0], ids, segments)[mine])
+    np.testing.assert_array_equal(mixed[~mine], first[~mine])
+
+
+def test_hidden_cls_is_derived_from_token_states_kept_as_int8(make_store, tools) -> None:
+    store, _, _, rows = make_store(30, specs=array_specs(Signal("hidden.tok", 2, "int8"), 4))
+    reader = store.reader()
+    tokens, _ = reader.gather_tokens("hidden.tok@2", rows)
+    np.testing.assert_array_equal(reader.gather("hidden.cls@2", rows), tokens[:, 0])

@@ -1,0 +1,43 @@
+"""The first token's hidden state needs no array of its own where all tokens' are stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd.pipeline.stage import StageContext, execute
+from kd.pipeline.store import open_view
+from kd.stages.train_student import TrainStudent
+
+
+def test_students_of_token_states_and_of_sentence_states_are_the_same_student(
+    bench: Any, sentences: list[str], tmp_path: Path
+) -> None:
+    corpus = bench.corpus(sentences[:40])
+    for name in ("cls", "tok"):
+        store, view = str(tmp_path / f"store-{name}"), tmp_path / f"view-{name}"
+        bench.capture(corpus, rows_per_shard=16, signals=f"logits,hidden.{name}@all", store=store, output_dir=str(view))
+    own, derived = open_view(tmp_path / "view-cls"), open_view(tmp_path / "view-tok")
+    assert [one["signal"] for one in derived.store.inspect()["derivable"] if one["exact"]] == [
+        "hidden.cls@0", "hidden.cls@1", "hidden.cls@2",
+    ]  # fmt: skip
+    for layer in range(3):
+        signal = f"hidden.cls@{layer}"
+        wanted = own.reader.gather(signal, own.rows)
+        found = derived.reader.gather(signal, derived.rows)
+        assert (found.dtype, wanted.dtype) == (np.float16, np.float16)
+        np.testing.assert_array_equal(found, wanted)
+    for name in ("cls", "tok"):
+        run = TrainStudent(
+            view=(str(tmp_path / f"view-{name}"),),
+            student="bilstm:hidden_size=6:num_layers=2",
+            method=("soft-target", "pkd:0.1"),
+            output_dir=str(tmp_path / f"run-{name}"),
+            per_device_train_batch_size=8,
+            num_train_epochs=1.0,
+        )
+        execute(run, StageContext())
+    one, two = ((tmp_path / f"run-{name}" / "model.safetensors").read_bytes() for name in ("cls", "tok"))
+    assert one == two
