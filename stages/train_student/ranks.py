@@ -64,7 +64,7 @@ class TrainingRanks:
         finally:
             self._say("ended", {"code": code})
             # Where this process keeps the store, the others must have heard of it before the store goes.
-            self._wait_for_others(2 if code else 60)
+            self._wait_for_others(LEAVING_S if code else 60)
             if not code:
                 _leave_group()
 

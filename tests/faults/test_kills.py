@@ -38,6 +38,7 @@ def kill_writers(folder: Path, kills: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_writers_killed_ten_times(tmp_path: Path) -> None:
     kill_writers(tmp_path, 10)
 
