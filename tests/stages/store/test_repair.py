@@ -406,6 +406,35 @@ def test_killed_between_record_and_file_of_an_accepted_repair_the_rerun_finishes
     assert verify_store(str(store)).ok
 
 
+def test_killed_between_two_shards_the_rerun_computes_the_other_alone(
+    store: Path, sound: Path, tiny_teacher: Path, rows_run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.pipeline.store.files import LocalFiles
+
+    class Killed(BaseException):
+        pass
+
+    write, written = LocalFiles.write, []
+
+    def killed(self: Any, name: str, parts: Any) -> None:
+        if written:
+            raise Killed
+        written.append(name)
+        write(self, name, parts)
+
+    flip(store / "logits/c/0/0", 3)
+    flip(store / "logits/c/2/0", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFiles, "write", killed)
+        with pytest.raises(Killed):
+            repair(store, tiny_teacher)
+    assert written == ["logits/c/0/0"]
+    rows_run.clear()
+    outcome = repair(store, tiny_teacher)
+    assert outcome.failure is None and sum(rows_run) == 8
+    assert content(store) == content(sound)
+
+
 def test_stale_temporaries_go_and_files_of_others_stay(store: Path, sound: Path) -> None:
     (store / ".staging").mkdir(exist_ok=True)
     (store / ".staging" / "logits~c~9~0").write_bytes(b"half")
