@@ -717,11 +717,13 @@ def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]
             )
             continue
         kept.append(record)
-    for record, file in live_files(kept):
+    live = [*live_files(kept)]
+    specs.update(_usual_specs(live))
+    for record, file in live:
         place = places.get(id(file.spec))
         if place is None:
             path = file.spec.path
-            place = places[id(file.spec)] = specs.setdefault(path, file.spec), files.setdefault(path, {})
+            place = places[id(file.spec)] = specs[path], files.setdefault(path, {})
         spec, others = place
         if file.spec is not spec and file.spec != spec:
             problems.append(
@@ -733,6 +735,20 @@ def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]
         elif (other := others.setdefault(file.shard, file)) is not file and other != file:
             problems.append(Problem(file.shard, spec.label, record.file, "two records name different contents"))
     return Catalogue(allocations, files, specs, tuple(kept)), problems
+
+
+def _usual_specs(live: Iterable[tuple[Record, FileRecord]]) -> dict[str, ArraySpec]:
+    """Of each array, the spec that most records name, by path: one that was edited is then the one that differs."""
+    counts: dict[int, list[Any]] = {}
+    for _, file in live:
+        counts.setdefault(id(file.spec), [file.spec, 0])[1] += 1
+    alike: dict[ArraySpec, int] = {}
+    for spec, count in counts.values():
+        alike[spec] = alike.get(spec, 0) + count
+    usual: dict[str, ArraySpec] = {}
+    for spec in sorted(alike, key=lambda spec: -alike[spec]):
+        usual.setdefault(spec.path, spec)
+    return usual
 
 
 def _said(spec: ArraySpec) -> str:

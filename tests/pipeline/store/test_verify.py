@@ -302,3 +302,18 @@ def test_a_record_supersedes_others_for_the_arrays_that_it_names_and_no_other(st
     assert catalogue.files["logits"][0].xxh3_128 == "2" * 32
     assert catalogue.files["hidden.cls/02"][0] in old.files
     assert [(p.shard, p.signal) for p in store.verify().problems] == [(0, "logits")]
+
+
+def test_of_records_that_disagree_about_an_array_the_one_that_stands_alone_is_named(store: TeacherStore) -> None:
+    from dataclasses import replace
+
+    path = record_of(store, 0, allocation=False)
+    record = next(r for r in store.shard_records(0) if r.index is None)
+    path.unlink()
+    odd = next(file for file in record.files if str(file.spec.signal) == "hidden.cls@2")
+    edited = replace(odd, spec=replace(odd.spec, dtype="float32", encoding="float32"))
+    forged = replace(record, files=tuple(edited if file is odd else file for file in record.files))
+    store.files.create(forged.file, forged.encode())
+    problems = verify_store(store.url).problems
+    assert [(problem.shard, problem.signal) for problem in problems] == [(0, "hidden.cls@2")]
+    assert "stored as float32 [4] here and as float16 [4] in other shards" in problems[0].what
