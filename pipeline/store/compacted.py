@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .footer import UNCOMPRESSED, row_groups
 from .layout import COMMITS
 
 COMPACTED_NAME = re.compile(r"([0-9a-f]{32})\.parquet")
@@ -24,6 +25,9 @@ MAX_RECORD_SUM = 32 << 20
 """Bytes of the records of one file together. A reader takes twice that, for names and pages."""
 MAX_RECORD_BYTES = 1 << 20
 """Of one record, compacted or not."""
+
+PARQUET_ERRORS = (pa.ArrowException, OSError, RuntimeError, LookupError, TypeError, ArithmeticError)
+"""What pyarrow raises, besides ValueError, on bytes that are no Parquet or say impossible things of themselves."""
 
 SCHEMA = pa.schema([pa.field("name", pa.string(), nullable=False), pa.field("record", pa.binary(), nullable=False)])
 
@@ -72,7 +76,7 @@ def decode_compacted(data: bytes, *, name: str) -> dict[str, bytes]:
         raise ValueError("its bytes do not have the digest in its name: it was edited or damaged")
     try:
         columns = _decode_columns(data)
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_ERRORS as error:
         raise ValueError(f"not Parquet: {error}") from None
     names, records = columns
     if len({*names}) != len(names):
@@ -87,10 +91,9 @@ def _decode_columns(data: bytes) -> tuple[list[str], list[bytes]]:
     found = [(column.path, column.physical_type, column.max_definition_level) for column in metadata.schema]
     if found != [("name", "BYTE_ARRAY", 0), ("record", "BYTE_ARRAY", 0)]:
         raise ValueError(f"its columns are {', '.join(name for name, *_ in found)}, expected name and record")
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            if (codec := metadata.row_group(group).column(column).compression) != "UNCOMPRESSED":
-                raise ValueError(f"it is compressed with {codec}")
+    for _, codecs in row_groups(data):
+        if compressed := [codec for codec in codecs if codec != UNCOMPRESSED]:
+            raise ValueError(f"it is compressed with {compressed[0]}")
     # As dictionaries: a value that a hostile file repeats a million times is then kept once, and found out.
     parquet = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=SCHEMA.names)
     table = parquet.read(use_threads=False)

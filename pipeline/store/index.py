@@ -18,7 +18,9 @@ import xxhash
 
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray, offsets_of
+from .compacted import PARQUET_ERRORS
 from .files import SMALL_FILE_BYTES, Blob, StoreFiles
+from .footer import UNCOMPRESSED, row_groups
 from .keys import Keys, keys_from_arrow, keys_to_arrow, match_keys
 from .layout import StoreLayout, index_file
 from .records import IndexRecord, Record
@@ -119,7 +121,7 @@ def decode_index(data: bytes, *, num_rows: int | None = None) -> tuple[Keys, Int
     """
     try:
         return _decode_columns(data, num_rows)
-    except OSError as error:  # how pyarrow says that its own metadata is broken
+    except PARQUET_ERRORS as error:
         raise ValueError(f"not Parquet: {error}") from None
 
 
@@ -132,10 +134,11 @@ def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
         raise ValueError(f"it has {found} rows, its record says {num_rows}")
     if found * 28 > len(data):
         raise ValueError(f"it has {found} rows in {len(data)} bytes, which is not as kd writes them")
-    groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
-    columns = [group.column(column) for group in groups for column in range(group.num_columns)]
+    groups = row_groups(data)
     # A page may unfold to any size where it is compressed, and a group may say another number of rows than the file.
-    if sum(group.num_rows for group in groups) != found or any(c.compression != "UNCOMPRESSED" for c in columns):
+    if sum(rows for rows, _ in groups) != found or any(
+        codec != UNCOMPRESSED for _, codecs in groups for codec in codecs
+    ):
         raise ValueError("it is compressed, or its parts do not have the rows of the whole")
     table = parquet.read(use_threads=False)
     slots, starts, lengths = (

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from ..artifact import atomic_write_bytes, open_artifact
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray
+from .compacted import PARQUET_ERRORS
 from .keys import Keys, key_hex, keys_from_arrow, keys_to_arrow
 from .signal import ArraySpec, Signal
 from .store import open_store
@@ -137,7 +138,7 @@ def _read_examples(folder: Path, columns: list[str] | None, *, num_rows: int | N
         if num_rows > file.stat().st_size:
             raise VerificationError(f"{file} says it has {num_rows} rows in {file.stat().st_size} bytes")
         return parquet.read(columns=columns)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (ValueError, *PARQUET_ERRORS) as error:
         raise VerificationError(
             f"{file} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
         ) from None
