@@ -537,8 +537,9 @@ def test_a_dry_run_writes_nothing_and_knows_what_the_real_one_will_do(
     }
     assert real["bytes_written"] == planned["logits"] + planned["hidden.tok@1"]
     for name in options["sidecars"]:
-        stored = sum(value.nbytes for value in open_store(bench.store).sidecar(name).values())
-        assert planned[f"sidecar {name}"] == stored
+        stored = (bench.store / "sidecars" / name / "tensors.safetensors").stat().st_size
+        # Offsets of the tensors may have a digit more or less in another order.
+        assert planned[f"sidecar {name}"] == pytest.approx(stored, abs=32)
 
 
 def test_a_dry_run_on_a_full_store_plans_nothing_and_loads_nothing(
