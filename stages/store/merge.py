@@ -68,4 +68,5 @@ class MergeStores(Stage):
             lines.append(f"  {array} lacks shards {format_ranges(from_ranges(shards))}")
         lines.append("  views of the sources point to the sources; kd cache-teacher with the same corpus, teacher and")
         lines.append("  signals, this --store and another --output-dir makes them here, and computes nothing")
+        lines.append("  (kd store gc takes away what no view made here needs)")
         return "\n".join(lines)
