@@ -7,6 +7,7 @@ from leases (`lease.py`) in `claims/`: one on the store while its shape changes,
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import threading
 import time
@@ -33,6 +34,8 @@ REQUESTS = 16
 DOWNLOADS = 8
 """Large objects fetched at once."""
 LONGEST_POLL_S = 1.0
+OUT_OF_RANGE = errno.EINVAL
+"""What s3fs raises for a part of an object that begins where it ends, any part of an empty one included."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra of kd that brings the package for URLs of a scheme."""
 
@@ -84,11 +87,8 @@ class ObjectFiles(StoreFiles):
             with self._asking(name):
                 # One request; asking for the size first would be another.
                 data = bytes(self.filesystem.cat_file(self._key(name), start=0, end=limit + 1))
-        except FileNotFoundError:
-            raise
-        except OSError:
-            # S3 answers a request for any bytes of an empty object with an error.
-            if self.size(name) != 0:
+        except OSError as error:
+            if error.errno != OUT_OF_RANGE:
                 raise
             return b""
         if len(data) > limit:
@@ -109,13 +109,22 @@ class ObjectFiles(StoreFiles):
             yield from pool.map(read, names)
 
     def blocks(self, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-        size, key = self.size(name), self._key(name)
+        return self._parts(name, self.size(name), block_bytes)
+
+    def _parts(self, name: str, size: int, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+        key = self._key(name)
         for start in range(0, size, block_bytes):
-            with self._asking(name):
-                yield bytes(self.filesystem.cat_file(key, start=start, end=min(size, start + block_bytes)))
+            try:
+                with self._asking(name):
+                    yield bytes(self.filesystem.cat_file(key, start=start, end=min(size, start + block_bytes)))
+            except OSError as error:
+                if error.errno != OUT_OF_RANGE:
+                    raise
+                return
 
     def fetch(self, blob: Blob) -> str:
-        return self._cache.fetch(blob, lambda: self.blocks(blob.name))
+        # One byte more than there should be: an object that was made longer is noticed.
+        return self._cache.fetch(blob, lambda: self._parts(blob.name, blob.bytes + 1))
 
     def fetch_all(self, blobs: Sequence[Blob]) -> None:
         absent = [blob for blob in blobs if not self._cache.has(blob)]
@@ -262,7 +271,7 @@ class ObjectFiles(StoreFiles):
         except (KdError, FileNotFoundError, FileExistsError, NotADirectoryError):
             raise
         except OSError as error:
-            if error.errno == 22:  # see `read`
+            if error.errno == OUT_OF_RANGE:
                 raise
             raise self._unreachable(name, error) from error
         except Exception as error:
