@@ -169,7 +169,11 @@ def open_store(url: str | os.PathLike[str], *, expect: StoreIdentity | None = No
         RefusedError: no store there, written by a newer kd, or of another identity than `expect`.
         VerificationError: store.json was edited or damaged.
     """
-    files = open_files(url)
+    return _open(open_files(url), expect)
+
+
+def _open(files: StoreFiles, expect: StoreIdentity | None) -> TeacherStore:
+    url = files.url
     try:
         data = files.read(STORE_FILE, limit=MAX_METADATA_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -756,14 +760,23 @@ def _shards_of(rows: IntArray, layout: StoreLayout) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4)
-def _records_in(address: str, store_digest: str, layout: StoreLayout) -> RecordReader:
-    return RecordReader(open_files(address), store_digest, layout)
+def _files_at(address: str) -> StoreFiles:
+    return open_files(address)
+
+
+@lru_cache(maxsize=4)
+def _records_at(address: str, store_digest: str, layout: StoreLayout) -> RecordReader:
+    return RecordReader(_files_at(address), store_digest, layout)
 
 
 def _reopen(address: str, store_digest: str) -> TeacherStore:
-    store = open_store(address)
+    """The store in another process, such as a dask worker, which opens it once a shard.
+
+    What it learns from one shard to the next is kept: records, which never change, and since when the claims of others
+    show no sign of life.
+    """
+    store = _open(_files_at(address), None)
     if store.store_digest != store_digest:
         raise RefusedError(f"the store at {address} is not the one that was there before")
-    # A dask worker opens the store once a shard; it reads the records that are there already once.
-    store._records = _records_in(address, store_digest, store.layout)
+    store._records = _records_at(address, store_digest, store.layout)
     return store

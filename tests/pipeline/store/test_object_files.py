@@ -248,6 +248,21 @@ def test_a_claim_of_a_dead_writer_runs_out(captured: TeacherStore, monkeypatch: 
     assert first.claim(0) is not None
 
 
+def test_a_worker_that_opens_the_store_for_every_shard_sees_how_long_a_claim_stands_still(
+    captured: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KD_LEASE_SECONDS", "0.3")
+    monkeypatch.setattr(Lease, "renew", lambda self: False)
+    dead = open_store(captured.url).claim(0)
+    assert dead is not None
+    sent = pickle.dumps(captured)
+    deadline = time.monotonic() + 10
+    while (taken := pickle.loads(sent).claim(0)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    taken.release()
+
+
 class Overwriting(MemoryFileSystem):
     """A file system that lets a file be created twice, as many S3 look-alikes did."""
 
