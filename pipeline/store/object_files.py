@@ -22,10 +22,11 @@ import xxhash
 
 from ..errors import KdError, RefusedError, VerificationError
 from ..fingerprint import fingerprint
+from ..user_cache import user_cache_folder
 from .files import SMALL_FILE_BYTES, Blob, Buffer, Names, StoreFiles, make_folders
 from .layout import CLAIMS
 from .lease import Lease, Leases, create_object, lease_seconds
-from .shard_cache import ShardCache, cache_bytes, user_cache_folder
+from .shard_cache import ShardCache, cache_bytes
 
 BLOCK_BYTES = 16 << 20
 """Of one request for a part of a large object."""

@@ -26,13 +26,6 @@ CACHE_BYTES = 20 << 30
 _COPY = re.compile(r"[0-9a-f]{32}-[0-9]+")
 
 
-def user_cache_folder() -> Path:
-    """`$KD_CACHE_HOME`, else `kd` in the user's cache folder."""
-    if home := os.environ.get("KD_CACHE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd"
-
-
 def cache_bytes() -> int:
     """`KD_SHARD_CACHE_BYTES` (such as 20GB), or 20 GiB."""
     text = os.environ.get("KD_SHARD_CACHE_BYTES")
@@ -64,8 +57,11 @@ class ShardCache:
         self._process = os.getpid()
 
     def path(self, blob: Blob) -> str:
-        """Where the copy is, or would be."""
-        return f"{self.folder}/{blob.xxh3_128}-{blob.bytes}"
+        """Where the copy is, or would be. VerificationError when what a record says is no checksum."""
+        name = f"{blob.xxh3_128}-{blob.bytes}"
+        if not _COPY.fullmatch(name):
+            raise VerificationError(f"{blob.name}: {blob.xxh3_128!r} is no checksum of {blob.bytes} bytes")
+        return f"{self.folder}/{name}"
 
     def has(self, blob: Blob) -> bool:
         """Whether the copy is there; if so, it counts as used now."""

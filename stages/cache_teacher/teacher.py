@@ -7,7 +7,6 @@ model loads. The digest of the tensors needs the weights once; afterwards it is 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...pipeline.artifact import atomic_write_bytes
 from ...pipeline.errors import RefusedError, UsageError, near_match
 from ...pipeline.fingerprint import differing_fields, fingerprint
+from ...pipeline.user_cache import user_cache_folder
 from .identity import behaviour_config, code_digest, code_references, tensor_digest, tokenizer_identity
 
 if TYPE_CHECKING:
@@ -558,10 +558,3 @@ class _DigestFile:
     def write(self, digest: str) -> None:
         with suppress(OSError):
             atomic_write_bytes(self._file, json.dumps({"sha256": digest}).encode())
-
-
-def user_cache_folder() -> Path:
-    """`$KD_CACHE_HOME`, else `kd` in the user's cache folder."""
-    if home := os.environ.get("KD_CACHE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd"

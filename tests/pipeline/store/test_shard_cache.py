@@ -160,6 +160,13 @@ def test_what_a_killed_download_left_goes_and_a_living_one_stays(cache: ShardCac
     assert not left.exists()
 
 
+@pytest.mark.parametrize("checksum", ["../../outside", "", "A" * 32, "0" * 31])
+def test_a_checksum_that_is_none_leads_nowhere(cache: ShardCache, remote: Remote, checksum: str) -> None:
+    with pytest.raises(VerificationError, match="is no checksum"):
+        cache.fetch(Blob("file", 100, checksum), remote.download(1))
+    assert remote.downloads == []
+
+
 def test_the_limit_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KD_SHARD_CACHE_BYTES", raising=False)
     assert cache_bytes() == 20 << 30
