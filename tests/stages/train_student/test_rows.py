@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,18 @@ def rows_of(*views: Any, signals: tuple[Signal, ...] = SIGNALS, pad_token_id: in
     )
 
 
-def check_planted(batch: dict[str, Any], planted: Callable[..., np.ndarray]) -> None:
+def check_planted(
+    batch: dict[str, Any], planted: Callable[..., np.ndarray], teachers: Sequence[str] | None = None
+) -> None:
     lengths = batch["inputs"]["attention_mask"].sum(1).tolist()
     for row, length in enumerate(lengths):
         ids = batch["inputs"]["input_ids"][row, :length].tolist()
-        assert np.array_equal(batch["signals"]["logits"][row], planted("logits", ids))
-        assert np.array_equal(batch["signals"]["hidden.cls@1"][row], planted("hidden.cls@1", ids))
+        teacher = "one" if teachers is None else teachers[row]
+        assert np.array_equal(batch["signals"]["logits"][row], planted("logits", ids, teacher=teacher))
+        assert np.array_equal(batch["signals"]["hidden.cls@1"][row], planted("hidden.cls@1", ids, teacher=teacher))
         tokens = batch["signals"]["hidden.tok@2"][row].numpy()
-        assert np.array_equal(tokens[:length], planted("hidden.tok@2", ids)) and not tokens[length:].any()
+        expected = planted("hidden.tok@2", ids, teacher=teacher)
+        assert np.array_equal(tokens[:length], expected) and not tokens[length:].any()
 
 
 def test_every_row_meets_its_own_signals(view: Any, planted: Callable[..., np.ndarray]) -> None:
@@ -64,7 +68,7 @@ def test_rows_of_several_stores_stand_one_after_another(
     alone = rows_of(other)
     index = np.array([170, 3, 121, 119, 120, 60, 179])
     batch = rows.batch(index)
-    check_planted(batch, planted)
+    check_planted(batch, planted, ["one" if row < 120 else "two" for row in index])
     own = alone.batch(index[index >= 120] - 120)
     width = own["inputs"]["input_ids"].shape[1]
     assert torch.equal(batch["inputs"]["input_ids"][index >= 120][:, :width], own["inputs"]["input_ids"])
