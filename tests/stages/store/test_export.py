@@ -216,7 +216,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(made: Pat
         ({"k": 2}, UsageError, "--k goes with"),
         ({"format": "topk", "k": 0}, UsageError, "at least one"),
         ({"format": "topk", "signals": "hidden.cls@1"}, UsageError, "logits alone"),
-        ({"signals": "hidden.cls@2"}, RefusedError, "lack"),
+        ({"signals": "hidden.mean@2"}, RefusedError, "lack"),
         ({"signals": "logits:int8"}, RefusedError, "lack"),
     ):
         with pytest.raises(error, match=words):
