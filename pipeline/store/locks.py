@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -11,6 +12,8 @@ from ..errors import RefusedError
 
 _NEEDS = "a store needs a file system on which flock() keeps every other writer out (local disks, most network mounts)"
 
+_TRIES = 100
+
 
 def require_locks(folder: str, *, url: str) -> None:
     """Try it out in a folder that exists.
@@ -18,25 +21,42 @@ def require_locks(folder: str, *, url: str) -> None:
     Raises:
         RefusedError: locks are not supported, keep nobody out, or are known to this machine alone.
     """
-    path = f"{folder}/probe-{uuid.uuid4().hex}"
-    first = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    second = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
+    for _ in range(_TRIES):
+        try:
+            kept_out = _second_is_kept_out(f"{folder}/probe-{uuid.uuid4().hex}")
+        except (FileNotFoundError, BlockingIOError):
+            continue  # another process swept the folder, and this file with it
+        except OSError as error:
+            raise _refused(url, f"files there cannot be locked: {error}") from error
+        if not kept_out:
+            raise _refused(url, "a file there can be locked twice at once")
+        break
+    else:
+        raise _refused(url, "a new file there is gone or locked by others at once, again and again")
+    if local_only := _locks_of_this_machine(folder):
+        raise _refused(url, f"it is mounted with {local_only}: other machines do not see the locks of this one")
+
+
+def _second_is_kept_out(path: str) -> bool:
+    """Whether a new file that is locked once cannot be locked again. Any OSError where it cannot be locked at all."""
+    with contextlib.ExitStack() as stack:
+        first = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        stack.callback(os.close, first)
+        stack.callback(_unlink, path)
+        # From here on nobody sweeps it away.
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        second = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        stack.callback(os.close, second)
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass
-        else:
-            raise _refused(url, "a file there can be locked twice at once")
-    except OSError as error:
-        raise _refused(url, f"files there cannot be locked: {error}") from error
-    finally:
-        os.close(second)
+            return True
+        return False
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-        os.close(first)
-    if local_only := _locks_of_this_machine(folder):
-        raise _refused(url, f"it is mounted with {local_only}: other machines do not see the locks of this one")
 
 
 def _refused(url: str, why: str) -> RefusedError:

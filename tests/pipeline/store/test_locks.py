@@ -44,6 +44,23 @@ def test_locks_that_keep_nobody_out_are_refused(tmp_path: Path, identity: Any, m
         create_or_open(tmp_path / "store", identity)
 
 
+def test_a_trial_that_another_process_sweeps_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, swept = fcntl.flock, []
+
+    def sweeping(descriptor: int, operation: int) -> None:
+        if len(swept) < 2:
+            (probe,) = tmp_path.iterdir()
+            probe.unlink()
+            swept.append(probe)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweeping)
+    locks.require_locks(str(tmp_path), url="store")
+    assert len(swept) == 2 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("folder", "option"),
     [

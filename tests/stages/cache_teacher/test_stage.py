@@ -608,5 +608,9 @@ def test_a_view_is_in_the_register_of_its_store_as_soon_as_its_rows_are(
     (view,) = open_store(bench.store).inspect()["views"]
     assert seen == [[view]] and outcome.artifact is not None
     assert view["fingerprint"] == outcome.artifact.fingerprint
-    assert (view["there"], view["rows"], view["signals"]) == (True, 20, ["logits", "hidden.tok@1"])
+    assert (view["there"], view["rows"], view["signals"]) == (
+        True,
+        20,
+        ["logits:float32", "hidden.tok@1:float16"],
+    )
     assert view["shards"] == [[0, 0]] and view["corpus"].endswith("corpus.csv")

@@ -40,8 +40,8 @@ def test_missing_signals_are_named_with_the_command_that_adds_them(
     text = refusal(bare, method="soft-target,hidden-mse:layer_map=1-2", init="random")
     assert "method 'hidden-mse' needs signals" in text
     assert "hidden.tok@2: 20 of 20 rows lack it" in text
-    assert "held: logits, hidden.cls@2" in text
-    assert "kd cache-teacher" in text and "--signals logits,hidden.cls@2,hidden.tok@2" in text
+    assert "held: logits:float32, hidden.cls@2:float16" in text
+    assert "kd cache-teacher" in text and "--signals logits:float32,hidden.cls@2:float16,hidden.tok@2" in text
     assert f"--store {bare.path.parent / 'store'}" in text
     assert "signals" not in stage(bare, method="soft-target", init="random").inputs()
 
