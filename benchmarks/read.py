@@ -86,8 +86,9 @@ class Ways:
     def _open_zarr(self, store: TeacherStore) -> None:
         import zarr
 
-        self.zarr_logits = zarr.open_array(f"{store.files.address}/{LOGITS.path}", mode="r")
-        self.zarr_tokens = zarr.open_array(f"{store.files.address}/{TOKENS.path}", mode="r")
+        self.zarr_logits, self.zarr_tokens = (
+            zarr.open_array(f"{store.files.address}/{store.spec(signal).path}", mode="r") for signal in (LOGITS, TOKENS)
+        )
 
     def _open_datasets(self, folder: Path) -> None:
         import datasets

@@ -1,0 +1,32 @@
+"""The benchmarks run, at sizes at which their figures mean nothing: what they call must not change under them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL = {
+    "capture": ["--rows", "16", "--repeats", "1"],
+    "read": ["--rows", "200", "--batches", "2", "--rounds", "1"],
+    "startup": ["--repeats", "1"],
+    "train": ["--rows", "300", "--steps", "2", "--warm-up", "1", "--repeats", "1"],
+    "verify": ["--rows", "200", "--rounds", "1"],
+}
+
+
+def test_every_benchmark_is_run_here() -> None:
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {*SMALL}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *SMALL[name]]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == name
