@@ -9,18 +9,11 @@ Same rows, same order, same output: logits [64, 3] float32, and hidden.tok as pa
 - copies: rows of one array in memory copied one by one, what no reader can be expected to beat by much.
 Ways take turns within a round, so a machine that slows down slows all of them; figures are medians over rounds.
 Lengths are drawn like those of SST-2 in word pieces: 3 to 66, mean 13.5.
-
-Prints one table and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from report import Figure, Timed, compared, finish, take_turns
 
 from kd.pipeline.ragged import Ragged, offsets_of, ranges
 from kd.pipeline.store import Signal, StoreIdentity, StoreReader, TeacherStore, array_spec, create_or_open
@@ -170,19 +164,23 @@ class Ways:
 
 def measure(
     ways: dict[str, Callable[[np.ndarray[Any, Any]], Any]], batches: Batches, counts: dict[str, int], rounds: int
-) -> dict[str, float]:
-    """Median seconds per batch of each way, over rounds in which they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
-        for name, read in ways.items():
-            start = round_ * counts[name] % max(1, len(batches) - counts[name])
+) -> dict[str, list[float]]:
+    """Seconds per batch of each way and round; a round reads other batches than the one before."""
+
+    def reading(name: str, read: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[], Timed]:
+        turn = iter(range(rounds + 1))
+
+        def go() -> Timed:
+            start = next(turn) * counts[name] % max(1, len(batches) - counts[name])
             chosen = batches[start : start + counts[name]]
             started = time.perf_counter()
             for batch in chosen:
                 read(batch)
-            if round_:  # the first round warms caches and page tables
-                seconds[name].append((time.perf_counter() - started) / len(chosen))
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            return Timed((time.perf_counter() - started) / len(chosen))
+
+        return go
+
+    return take_turns({name: reading(name, read) for name, read in ways.items()}, rounds)
 
 
 def check_equal(ways: dict[str, Callable[[np.ndarray[Any, Any]], Any]], batch: np.ndarray[Any, Any]) -> None:
@@ -231,43 +229,14 @@ def run(folder: Path, num_rows: int, num_batches: int, rounds: int) -> None:
         "hidden.tok@6": (["kd", "copies", "unpadded", "datasets", "flat", "zarr"], "tokens_", shuffled),
         "hidden.tok@6 bucketed": (["kd", "copies", "unpadded", "datasets", "flat", "zarr"], "tokens_", bucketed),
     }
-    results: dict[str, Any] = {}
-    print(f"{'':24}{'way':10}{'us/batch':>10}{'GB/s':>8}{'kd is':>9}{'target':>9}")
+    figures: list[Figure] = []
     for case, (names, prefix, batches) in cases.items():
         chosen = {name: getattr(ways, prefix + name) for name in names}
         check_equal(chosen, batches[0])
         seconds = measure(chosen, batches, counts, rounds)
-        row_bytes = HIDDEN * 2 * ways.lengths[np.concatenate(batches)].sum() if prefix == "tokens_" else None
-        batch_bytes = (row_bytes or LABELS * 4 * BATCH * len(batches)) / len(batches)
-        results[case] = {"us_per_batch": {name: round(value * 1e6, 1) for name, value in seconds.items()}}
-        results[case]["ratio"] = {
-            name: round(value / seconds["kd"], 3) for name, value in seconds.items() if name != "kd"
-        }
-        for name, value in seconds.items():
-            target = TARGETS[case].get(name)
-            faster = "" if name == "kd" else f"{value / seconds['kd']:.2f}x"
-            wanted = "" if target is None else f">={target:g}x"
-            print(
-                f"{case:24}{name:10}{value * 1e6:10.1f}{batch_bytes / value / 1e9:8.2f}{faster:>9}{wanted:>9}",
-                flush=True,
-            )
-    print("GB/s counts the rows' own bytes, not padding; `unpadded` writes none and is there for scale.")
-    print(
-        json.dumps(
-            {
-                "benchmark": "read",
-                "rows": num_rows,
-                "batch": BATCH,
-                "rounds": rounds,
-                **results,
-                "targets": TARGETS,
-                "machine": platform.platform(),
-                "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                "python": sys.version.split()[0],
-                "numpy": np.__version__,
-            }
-        )
-    )
+        figures += compared(case, seconds, unit="us/batch", number=lambda s: s * 1e6, at_least=TARGETS[case])
+    settings = {"rows": num_rows, "batch": BATCH, "rounds": rounds}
+    finish("read", figures, settings, notes=["`unpadded` writes no padding, and is there for scale"])
 
 
 if __name__ == "__main__":

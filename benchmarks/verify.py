@@ -8,32 +8,29 @@ Both read every file from the page cache, in one process on one core:
 Ways take turns within a round; figures are medians over rounds. Seconds are those of the processor, so that other work
 on the machine counts little; the load it had is printed. Two stores, since the row keys are hashed one by one, whatever
 a row carries: one with the hidden states of all tokens (384 wide, float16), one with three logits a row and no more.
-
-Prints one table and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from report import Figure, compared, finish, take_turns
 
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.store import ArraySpec, Signal, StoreIdentity, TeacherStore, array_spec, create_or_open, verify_store
 
 LABELS, HIDDEN = 3, 384
 LOGITS, TOKENS = array_spec(Signal("logits"), LABELS), array_spec(Signal("hidden.tok", 6), HIDDEN)
-TARGET_BYTES_PER_S = 1e9
+TARGET_GB_PER_S = 1.0
 
 
 def make_store(folder: Path, lengths: np.ndarray[Any, Any], specs: Sequence[ArraySpec]) -> TeacherStore:
@@ -67,18 +64,6 @@ def hash_all(paths: Sequence[Path]) -> int:
     return total
 
 
-def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Processor seconds of each way, median over rounds; one more round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            started = time.process_time()
-            way()
-            if number:
-                seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20000)
@@ -87,42 +72,21 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(1)
     lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, options.rows)).astype(np.int64) + 2, 3, 66)
-    results: dict[str, Any] = {}
-    print(f"{'store':24}{'way':8}{'MB':>8}{'GB/s':>8}{'of xxh3':>9}{'rows/s':>12}{'target':>12}")
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, specs in {"logits, hidden.tok@6": (LOGITS, TOKENS), "logits": (LOGITS,)}.items():
             store = make_store(Path(folder) / name.split(",")[-1].strip(), lengths, specs)
             paths = [path for path in sorted(Path(store.url).rglob("*")) if path.is_file()]
             size = hash_all(paths)
             assert verify_store(store.url).ok
-            seconds = measure(
-                {"kd": lambda s=store: verify_store(s.url), "xxh3": lambda p=paths: hash_all(p)}, options.rounds
-            )
-            results[name] = {
-                "bytes": size,
-                "bytes_per_s": {way: round(size / value) for way, value in seconds.items()},
-                "rows_per_s": round(options.rows / seconds["kd"]),
-                "ratio": round(seconds["xxh3"] / seconds["kd"], 3),
-            }
-            for way, value in seconds.items():
-                share = f"{seconds['xxh3'] / value:.2f}" if way == "kd" else ""
-                target = ">=1 GB/s" if way == "kd" and TOKENS in specs else ""
-                rate = f"{options.rows / value:,.0f}" if way == "kd" else ""
-                print(f"{name:24}{way:8}{size / 1e6:8.1f}{size / value / 1e9:8.2f}{share:>9}{rate:>12}{target:>12}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "verify",
-                "rows": options.rows,
-                "rounds": options.rounds,
-                **results,
-                "target_bytes_per_s": TARGET_BYTES_PER_S,
-                "load": [round(value, 1) for value in os.getloadavg()],
-                "machine": platform.platform(),
-                "cpus": os.cpu_count(),
-            }
-        )
-    )
+            ways = {"kd": lambda s=store: verify_store(s.url), "xxh3": lambda p=paths: hash_all(p)}
+            seconds = take_turns(ways, options.rounds, clock=time.process_time)
+            kd, xxh3 = compared(name, seconds, unit="GB/s", number=lambda s, size=size: size / s / 1e9)
+            figures += [replace(kd, at_least=TARGET_GB_PER_S if TOKENS in specs else None), xxh3]
+            rate = options.rows / statistics.median(seconds["kd"])
+            figures.append(Figure(what=name, way="kd", value=rate, unit="rows/s"))
+    settings = {"rows": options.rows, "rounds": options.rounds, "clock": "processor"}
+    finish("verify", figures, settings)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SMALL = {
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {*SMALL}
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} - {"report"} == {*SMALL}
 
 
 @pytest.mark.slow
