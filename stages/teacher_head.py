@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, get_scheduler
 
 from ..pipeline.errors import RefusedError
 from ..pipeline.stage import Progress
+from .shuffled_batches import length_grouped_batches
 from .text_rows import TextRows
-from .training_options import length_grouped_order
 
 HEAD_ROWS = 4_096
 """Rows that the head is fitted to, and texts that the first token learns from; more hardly move either."""
@@ -235,9 +235,7 @@ def align(
     task = progress.task("aligning the first token", total=num_steps, unit="steps")
     model.train()
     for epoch in range(ALIGN_EPOCHS):
-        order = length_grouped_order(rows.lengths, batch_size=ALIGN_BATCH, seed=seed, epoch=epoch)
-        for start in range(0, len(order), ALIGN_BATCH):
-            chosen = order[start : start + ALIGN_BATCH]
+        for chosen in length_grouped_batches(rows.lengths, batch_size=ALIGN_BATCH, seed=seed, epoch=epoch):
             batch = {
                 name: tensor.to(device) for name, tensor in rows.collate([rows[int(row)] for row in chosen]).items()
             }

@@ -35,9 +35,10 @@ from ..pipeline.errors import RefusedError
 from ..pipeline.stage import StageContext, StageResult
 from .metrics import LOWER_IS_BETTER, check_metric, main_metric, task_metrics
 from .predict import load_predictor, longest_input
+from .shuffled_batches import length_grouped_batches
 from .teacher_head import HEAD_ROWS, start_head
 from .text_rows import TextRows
-from .training_options import CHECKPOINTS, attach_progress, length_grouped_order, resumable_checkpoint
+from .training_options import CHECKPOINTS, attach_progress, resumable_checkpoint
 
 if TYPE_CHECKING:
     from .corpus import Corpus
@@ -323,7 +324,7 @@ def _warn_of_absent_classes(train: Corpus, labels: np.ndarray, context: StageCon
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """`length_grouped_order` of each epoch; the Trainer says which epoch it is, so a resumed run reads the same."""
+    """The rows of `length_grouped_batches`; the Trainer says which epoch it is, so a resumed run reads the same."""
 
     def __init__(self, lengths: np.ndarray, *, batch_size: int, seed: int) -> None:
         self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
@@ -336,8 +337,10 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = length_grouped_order(self._lengths, batch_size=self._batch_size, seed=self._seed, epoch=self._epoch)
-        return iter(order.tolist())
+        for batch in length_grouped_batches(
+            self._lengths, batch_size=self._batch_size, seed=self._seed, epoch=self._epoch
+        ):
+            yield from batch.tolist()
 
 
 class TeacherTrainer(Trainer):

@@ -1,7 +1,7 @@
 """The Hugging Face `TrainingArguments` that the training commands take, under their own names.
 
 Also what every training stage needs around a `transformers.Trainer`: resuming only what the same configuration left
-behind, progress, and a length-grouped order. Nothing heavy is imported before a method runs.
+behind, and progress. Nothing heavy is imported before a method runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ..pipeline.errors import RefusedError, UsageError
 from ..pipeline.stage import Progress, Stage, option
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
 PANEL = "Training (Hugging Face TrainingArguments names)"
@@ -267,33 +266,3 @@ def _progress_callback(progress: Progress, name: str) -> TrainerCallback:
                 self.task.done()
 
     return ProgressCallback()
-
-
-def length_grouped_order(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """A shuffled order in which consecutive groups of `batch_size` rows have similar lengths.
-
-    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, cut into batches, and the
-    batches are shuffled; only the last batch may be short. Depends on the arguments alone.
-
-    Args:
-        lengths: [N] ints, any unit.
-        batch_size: rows per batch.
-        seed: of the run.
-        epoch: counted from 0; each has its own order.
-
-    Returns:
-        [N] int64, a permutation of 0..N-1.
-    """
-    import numpy as np
-
-    lengths = np.asarray(lengths)
-    generator = np.random.default_rng([seed, epoch])
-    shuffled = generator.permutation(len(lengths))
-    # One short batch is taken out first: every other batch is then full and free to stand anywhere.
-    num_full = len(lengths) // batch_size * batch_size
-    full, short = shuffled[:num_full], shuffled[num_full:]
-    pool = 50 * batch_size
-    pools = [full[start : start + pool] for start in range(0, num_full, pool)]
-    ordered = [rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]
-    batches = np.concatenate(ordered).reshape(-1, batch_size) if ordered else np.empty((0, batch_size), np.int64)
-    return np.concatenate([generator.permutation(batches).reshape(-1), short]).astype(np.int64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...pipeline.errors import UsageError
-from ..training_options import length_grouped_order
+from ..shuffled_batches import length_grouped_batches
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class BatchOrder:
     them the loss curve, depend on neither. Everything follows from the fields: a run resumes by its step number.
 
     Attributes:
-        rows: int64 [N] rows to train on.
-        lengths: int64 [N] tokens of each of them.
+        rows: ints [N] rows to train on; any width, and nothing of their number is kept beside them.
+        lengths: ints [N] tokens of each of them.
         batch_size: rows per rank and forward pass.
         accumulation: forward passes per optimiser step.
         num_ranks, rank: how many processes share a step, and which one this is.
@@ -62,14 +62,15 @@ class BatchOrder:
         """Optimiser steps of one epoch, at least 1."""
         return len(self.rows) // self.rows_per_step
 
-    def steps(self, epoch: int) -> np.ndarray:
-        """int64 [steps, G]: the rows of every optimiser step of an epoch, over all ranks."""
-        order = length_grouped_order(self.lengths, batch_size=self.rows_per_step, seed=self.seed, epoch=epoch)
-        kept = order[: self.steps_per_epoch * self.rows_per_step]
-        steps: np.ndarray = self.rows[kept].reshape(self.steps_per_epoch, self.rows_per_step)
-        return steps
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """The rows [G] of every optimiser step of an epoch, over all ranks, from a step on."""
+        batches = length_grouped_batches(
+            self.lengths, batch_size=self.rows_per_step, seed=self.seed, epoch=epoch, first=first_step
+        )
+        for _, batch in zip(range(first_step, self.steps_per_epoch), batches, strict=False):
+            yield self.rows[batch]
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """The rows of this rank's forward passes, from a step of the epoch on."""
-        for step in self.steps(epoch)[first_step:]:
+        for step in self.steps(epoch, first_step):
             yield from step.reshape(self.accumulation, self.num_ranks, -1)[:, self.rank]

@@ -20,6 +20,8 @@ from ...pipeline.store.reader import StoreReader
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
 
 Batch = dict[str, Any]
+ROWS_AT_ONCE = 1 << 18
+"""Where all rows are gone through in parts."""
 
 
 class TokenSource(Protocol):
@@ -27,7 +29,7 @@ class TokenSource(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N] tokens per row."""
+        """ints [N] tokens per row."""
         ...
 
     def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -104,8 +106,15 @@ class StoredTokens:
     lengths: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = [reader.lengths(rows) for reader, rows in zip(self.stored.readers, self.stored.rows, strict=True)]
-        object.__setattr__(self, "lengths", np.concatenate(parts))
+        # int32, and found in parts: kept for all rows of a run, at ten million of them every byte is ten megabytes.
+        lengths = np.empty(len(self.stored), np.int32)
+        start = 0
+        for reader, rows in zip(self.stored.readers, self.stored.rows, strict=True):
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                found = reader.lengths(rows[first : first + ROWS_AT_ONCE])
+                lengths[start : start + len(found)] = found
+                start += len(found)
+        object.__setattr__(self, "lengths", lengths)
 
     def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         ids, lengths = self.stored.gather_tokens(TOKEN_IDS, index_B)

@@ -44,8 +44,8 @@ class Data:
 
     Attributes:
         rows: all rows of the views.
-        train: int64, those that are trained on.
-        transfer: int64, those that a distilled run of the same view trains on: they set the budget.
+        train: ints, rising: those that are trained on.
+        transfer: ints, rising: those that a distilled run of the same view trains on: they set the budget.
         evaluation: rows to evaluate on, or None.
         teacher_logits: float32 [E, C] of the evaluation rows, or None where the teacher may not judge.
     """
@@ -122,7 +122,13 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
     gold_alone = all(isinstance(term.method, Hard) for term in prepared.terms)
     is_train = is_transfer & prepared.has_gold if gold_alone else is_transfer
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
-    return Data(rows, np.flatnonzero(is_train), np.flatnonzero(is_transfer), evaluation, teacher_logits)
+    transfer = _numbers(is_transfer)
+    return Data(rows, _numbers(is_train) if gold_alone else transfer, transfer, evaluation, teacher_logits)
+
+
+def _numbers(chosen_N: np.ndarray) -> np.ndarray:
+    """Where it is True, in half the memory of int64 wherever that holds them."""
+    return np.flatnonzero(chosen_N).astype(np.int32 if len(chosen_N) < 1 << 31 else np.int64)
 
 
 def _evaluation(
@@ -239,9 +245,10 @@ def make_trainer(
 
 
 def _order(args: TrainingArguments, rows: Rows, index: np.ndarray) -> BatchOrder:
+    lengths = rows.tokens.lengths
     return BatchOrder(
         rows=index,
-        lengths=rows.tokens.lengths[index],
+        lengths=lengths if len(index) == len(lengths) else lengths[index],
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         num_ranks=args.world_size,

@@ -3,37 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kd.pipeline.errors import RefusedError, UsageError
-from kd.stages.training_options import TrainingOptions, length_grouped_order, resumable_checkpoint
-
-
-@given(st.lists(st.integers(1, 100), max_size=400), st.integers(1, 40), st.integers(0, 5), st.integers(0, 5))
-def test_the_order_is_a_permutation_whatever_the_sizes(lengths, batch_size, seed, epoch) -> None:
-    order = length_grouped_order(np.array(lengths, int), batch_size=batch_size, seed=seed, epoch=epoch)
-    assert sorted(order.tolist()) == list(range(len(lengths)))
-
-
-def test_the_order_changes_with_epoch_and_seed_and_with_nothing_else() -> None:
-    lengths = np.arange(1000) % 37
-
-    def order(seed: int, epoch: int) -> list[int]:
-        return length_grouped_order(lengths, batch_size=16, seed=seed, epoch=epoch).tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert len({tuple(order(0, 0)), tuple(order(0, 1)), tuple(order(1, 0))}) == 3
-
-
-def test_batches_hold_similar_lengths_and_stand_in_no_order_of_length() -> None:
-    lengths = np.random.default_rng(0).integers(1, 200, 1600)
-    batches = lengths[length_grouped_order(lengths, batch_size=16, seed=0, epoch=0)].reshape(-1, 16)
-    spread = (batches.max(1) - batches.min(1)).mean()
-    assert spread < 10
-    assert abs(np.corrcoef(batches.mean(1), np.arange(len(batches)))[0, 1]) < 0.3
+from kd.stages.training_options import TrainingOptions, resumable_checkpoint
 
 
 def test_what_the_user_gives_wins_over_what_the_stage_prefers() -> None:
