@@ -1,6 +1,6 @@
 """Codecs: teacher outputs as the arrays an encoding keeps, and back. Pure functions of arrays.
 
-Dimension key: N entries (rows or tokens), D numbers of one entry.
+Dimension key: N entries (rows, tokens or pairs of tokens), D numbers of one entry, of any number of dimensions.
 
 `int8` keeps one scale s per entry and codes -127 to 127, so that the number is code times s. The scale is max|x| / 127
 rounded up to 17 significant bits. Code times scale then has at most 24 bits, which float32 holds: decoding is exact,
@@ -9,6 +9,7 @@ the error of encoding is at most s/2, and decoded numbers encode to the same cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,8 @@ def encode(encoding: str, values: Array) -> dict[str, Array]:
         values: [N, D] floating point, finite and below `LIMITS[encoding]` in magnitude.
     """
     if encoding == "int8":
-        codes, scales = encode_int8(values)
-        return {"": codes, "scale": scales}
+        codes, scales = encode_int8(values.reshape(len(values), math.prod(values.shape[1:])))
+        return {"": codes.reshape(values.shape), "scale": scales}
     return {"": values.astype(ENCODINGS[encoding].parts[""], copy=False)}
 
 
@@ -77,7 +78,8 @@ def encode_int8(values_ND: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.
 
 def decode_int8(codes: Array, scales: Array, out: Array | None = None) -> npt.NDArray[np.float32]:
     """Codes [..., D] times scales [...], float32; exact."""
-    return np.multiply(codes, scales[..., None], out=out, dtype=np.float32)
+    scales = scales.reshape(scales.shape + (1,) * (codes.ndim - scales.ndim))
+    return np.multiply(codes, scales, out=out, dtype=np.float32)
 
 
 def _scales(largest_N: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

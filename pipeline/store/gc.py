@@ -219,6 +219,6 @@ def _replacement(records: Sequence[Record], going: set[str]) -> tuple[list[Recor
         return ended, None
     old = ended[0]
     return ended, Record(
-        old.store, old.shard, old.rows, old.tokens, stays, allocation=old.allocation,
+        old.store, old.shard, old.rows, old.tokens, stays, allocation=old.allocation, pairs=old.pairs,
         supersedes=tuple(sorted(record.digest for record in ended)) if related else (),
     )  # fmt: skip

@@ -33,19 +33,24 @@ SCHEMA = pa.schema(
         pa.field("num_tokens", pa.uint32(), nullable=False),
     ]
 )
+SCHEMA_WITH_PAIRS = SCHEMA.append(pa.field("pair_start", pa.uint32(), nullable=False))
 
 
-def encode_index(keys: Keys, lengths: IntArray) -> tuple[bytes, IndexRecord]:
-    """The Parquet file of a shard whose rows stand in slots 0, 1, ... without gaps, and its record."""
-    table = pa.table(
-        [
-            keys_to_arrow(keys),
-            pa.array(np.arange(len(keys), dtype=np.uint32)),
-            pa.array(offsets_of(lengths)[:-1].astype(np.uint32)),
-            pa.array(lengths.astype(np.uint32)),
-        ],
-        schema=SCHEMA,
-    )
+def encode_index(keys: Keys, lengths: IntArray, *, pairs: bool = False) -> tuple[bytes, IndexRecord]:
+    """The Parquet file of a shard whose rows stand in slots 0, 1, ... without gaps, and its record.
+
+    Args:
+        pairs: whether the store has an axis of token pairs.
+    """
+    columns = [
+        keys_to_arrow(keys),
+        pa.array(np.arange(len(keys), dtype=np.uint32)),
+        pa.array(offsets_of(lengths)[:-1].astype(np.uint32)),
+        pa.array(lengths.astype(np.uint32)),
+    ]
+    if pairs:
+        columns.append(pa.array(offsets_of(lengths**2)[:-1].astype(np.uint32)))
+    table = pa.table(columns, schema=SCHEMA_WITH_PAIRS if pairs else SCHEMA)
     buffer = io.BytesIO()
     # Row keys are random bits: neither a dictionary nor a compressor helps.
     pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
@@ -105,6 +110,8 @@ def _decode(data: bytes, record: Record) -> tuple[Keys, IntArray]:
     keys, lengths = decode_index(data, num_rows=record.rows)
     if int(lengths.sum()) != record.tokens:
         raise ValueError(f"num_tokens sums to {int(lengths.sum())}, the record says {record.tokens}")
+    if record.pairs and int((lengths**2).sum()) != record.pairs:
+        raise ValueError(f"num_tokens squared sums to {int((lengths**2).sum())}, the record says {record.pairs}")
     if content_hash(keys, lengths) != record.index.content:
         raise ValueError("its content does not have the recorded checksum")
     return keys, lengths
@@ -127,7 +134,8 @@ def decode_index(data: bytes, *, num_rows: int | None = None) -> tuple[Keys, Int
 
 def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
     parquet = pq.ParquetFile(pa.BufferReader(data))
-    if not parquet.schema_arrow.equals(SCHEMA):
+    with_pairs = parquet.schema_arrow.equals(SCHEMA_WITH_PAIRS)
+    if not with_pairs and not parquet.schema_arrow.equals(SCHEMA):
         raise ValueError(f"its columns are {parquet.schema_arrow.names}, expected {SCHEMA.names}")
     found = parquet.metadata.num_rows
     if num_rows is not None and found != num_rows:
@@ -148,6 +156,8 @@ def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
         raise ValueError("row_slot does not count from 0 without gaps")
     if (lengths < 1).any() or not np.array_equal(starts, offsets_of(lengths)[:-1]):
         raise ValueError("token_start is not the running sum of num_tokens, which are at least 1")
+    if with_pairs and not np.array_equal(table.column("pair_start").to_numpy(), offsets_of(lengths**2)[:-1]):
+        raise ValueError("pair_start is not the running sum of num_tokens squared")
     return keys_from_arrow(table.column("row_key")), lengths
 
 
@@ -189,6 +199,22 @@ class RowIndex:
     def _fetch(self) -> None:
         """Copy what is remote to this machine, all at once: one by one, they would be waited for one by one."""
         self.files.fetch_all([index_blob(record) for record in self.allocations])
+
+    @cached_property
+    def pair_offsets(self) -> npt.NDArray[np.uint32]:
+        """uint32: as `token_offsets`, of each row's tokens squared. Four more bytes a row once it is asked for."""
+        offsets = self.token_offsets.astype(np.int64)
+        lengths = offsets[1:] - offsets[:-1]
+        # Between two shards stands no row, but the step back to 0.
+        lengths[self._first[1:] - 1] = 0
+        running = offsets_of(lengths**2)
+        return (running - np.repeat(running[self._first], self._sizes + 1)).astype(np.uint32)
+
+    def pair_starts(self, rows: IntArray) -> IntArray:
+        """int64 [N] first pair inside the shard, of rows that exist."""
+        shards = rows // self.layout.rows_per_shard
+        slots = rows - shards * self.layout.rows_per_shard
+        return self.pair_offsets[self._first[shards] + slots].astype(np.int64)
 
     def lookup(self, wanted: Keys) -> IntArray:
         """int64 [N] row number of each key [N, 2], -1 where the store has no such row."""

@@ -25,6 +25,10 @@ INDEX = "index"
 SIDECARS = "sidecars"
 VIEWS = "views"
 CLAIMS = "claims"
+PAIRS_PER_SHARD = 1 << 24
+"""What a capture gives the pair axis. Rows of up to 128 tokens then fill the other axes first, and a shard of scores of
+12 heads stays below 403 MB a layer."""
+MAX_PAIRS = 1 << 31
 MAX_CHUNKS = 1 << 22
 MAX_SHARDS = 10**8
 """Shard numbers have eight digits in file names."""
@@ -37,6 +41,7 @@ class StoreLayout:
     Attributes:
         rows_per_shard: slots on the example axis that each shard owns.
         tokens_per_shard: slots on the token axis that each shard owns; the longest row must fit.
+        pairs_per_shard: slots on the axis of token pairs, n * n for a row of n tokens; 0 for a store without.
         batch_tokens: token budget of one teacher batch. Batch composition moves results in the last bits, so a
             shard computed again must be batched as it was.
         token_dtype: "uint16", or "uint32" for vocabularies from 65535 on.
@@ -48,6 +53,7 @@ class StoreLayout:
     batch_tokens: int = 8192
     token_dtype: str = "uint16"
     chunk_bytes: int = 1 << 20
+    pairs_per_shard: int = 0
 
     def __post_init__(self) -> None:
         limits = {
@@ -55,11 +61,12 @@ class StoreLayout:
             "tokens_per_shard": 1 << 31,
             "batch_tokens": 1 << 31,
             "chunk_bytes": 1 << 31,
+            "pairs_per_shard": MAX_PAIRS,
         }
         for name, limit in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise UsageError(f"{name} must be 1 to {limit}, got {value!r}")
+            value, least = getattr(self, name), 0 if name == "pairs_per_shard" else 1
+            if type(value) is not int or not least <= value <= limit:
+                raise UsageError(f"{name} must be {least} to {limit}, got {value!r}")
         if self.token_dtype not in ("uint16", "uint32"):
             raise UsageError(f"token_dtype must be uint16 or uint32, got {self.token_dtype!r}")
 
@@ -70,8 +77,8 @@ class StoreLayout:
         return cls(token_dtype="uint16" if vocab_size < 65535 else "uint32", **fields)
 
     def to_json(self) -> dict[str, Any]:
-        """As in store.json."""
-        return dataclasses.asdict(self)
+        """As in store.json; what is not there is not named."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
     def require_equal(self, expected: StoreLayout, *, url: str) -> None:
         """Refuse unless both are equal; RefusedError with one line per differing field, the store's value first."""
@@ -89,8 +96,17 @@ class StoreLayout:
         return ArraySpec(TOKEN_IDS, (), self.token_dtype), ArraySpec(SEGMENT_IDS, (), "uint8")
 
     def capacity(self, axis: Axis) -> int:
-        """Slots per shard on an axis."""
-        return self.rows_per_shard if axis == "example" else self.tokens_per_shard
+        """Slots per shard on an axis.
+
+        Raises:
+            RefusedError: the axis of token pairs, which this store was made without.
+        """
+        if axis == "pair" and not self.pairs_per_shard:
+            raise RefusedError(
+                "this store was made without room for pairs of tokens, which attention scores take",
+                fix="capture attention.qkv instead, or give another --store",
+            )
+        return {"example": self.rows_per_shard, "token": self.tokens_per_shard, "pair": self.pairs_per_shard}[axis]
 
     def chunk_length(self, spec: ArraySpec) -> int:
         """Entries per inner chunk: the largest divisor of the shard's capacity that fits in `chunk_bytes`.

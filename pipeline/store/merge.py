@@ -96,26 +96,28 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a store: key, shard, slot, first token and number of tokens of each."""
+    """Rows of a store: key, shard, slot, first token, first pair of tokens and number of tokens of each."""
 
     keys: Keys
     shards: IntArray
     slots: IntArray
     starts: IntArray
+    pair_starts: IntArray
     lengths: IntArray
 
     @classmethod
     def of(cls, store: TeacherStore) -> _Rows:
         empty = np.empty(0, dtype=np.int64)
-        parts: list[tuple[Keys, IntArray, IntArray, IntArray, IntArray]] = [
-            (np.empty((0, 2), dtype=np.uint64), empty, empty, empty, empty)
+        parts: list[tuple[Keys, IntArray, IntArray, IntArray, IntArray, IntArray]] = [
+            (np.empty((0, 2), dtype=np.uint64), empty, empty, empty, empty, empty)
         ]
         for record in store.catalogue().allocations:
             keys, lengths = read_index(store.files, record)
             slots = np.arange(len(keys))
-            parts.append((keys, np.full(len(keys), record.shard), slots, np.cumsum(lengths) - lengths, lengths))
-        keys_, shards, slots_, starts, lengths_ = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return cls(keys_, shards, slots_, starts, lengths_)
+            starts, pairs = (np.cumsum(entries) - entries for entries in (lengths, lengths**2))
+            parts.append((keys, np.full(len(keys), record.shard), slots, starts, pairs, lengths))
+        keys_, shards, slots_, *others = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return cls(keys_, shards, slots_, *others)
 
 
 def merge_stores(
@@ -337,14 +339,14 @@ def _packed(
         places: per source, of each row of the shard: its place among the source's rows, -1 where it has none.
         lengths: numbers of tokens of the rows.
     """
-    starts = np.cumsum(lengths) - lengths
     found: dict[ArraySpec, npt.NDArray[Any]] = {}
     for spec in specs:
         held = [_held(source, spec.path, place) for source, place in zip(sources, places, strict=True)]
         if not np.logical_or.reduce(held).all():
             continue
-        entries = len(lengths) if spec.axis == "example" else int(lengths.sum())
-        values = np.empty((entries, *spec.shape), dtype=np.dtype(spec.dtype).newbyteorder("<"))
+        counts = {"example": np.ones_like(lengths), "token": lengths, "pair": lengths**2}[spec.axis]
+        starts = np.cumsum(counts) - counts
+        values = np.empty((int(counts.sum()), *spec.shape), dtype=np.dtype(spec.dtype).newbyteorder("<"))
         done = np.zeros(len(lengths), dtype=bool)
         for source, place, mine in zip(sources, places, held, strict=True):
             slots = np.flatnonzero(mine & ~done)
@@ -352,11 +354,11 @@ def _packed(
             for its_shard in np.unique(source.rows.shards[rows]).tolist():
                 some = source.rows.shards[rows] == its_shard
                 there = source.values(source.catalogue.files[spec.path][its_shard])
-                if spec.axis == "example":
-                    values[slots[some]] = there[source.rows.slots[rows[some]]]
-                else:
-                    counts = lengths[slots[some]]
-                    values[ranges(starts[slots[some]], counts)] = there[ranges(source.rows.starts[rows[some]], counts)]
+                its_starts = {
+                    "example": source.rows.slots, "token": source.rows.starts, "pair": source.rows.pair_starts
+                }[spec.axis]  # fmt: skip
+                many = counts[slots[some]]
+                values[ranges(starts[slots[some]], many)] = there[ranges(its_starts[rows[some]], many)]
             done[slots] = True
         found[spec] = values
     return found

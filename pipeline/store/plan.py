@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,22 @@ import numpy.typing as npt
 from ..errors import RefusedError, UsageError
 from ..ragged import offsets_of
 from .layout import StoreLayout, group_metadata, metadata_bytes
-from .signal import ArraySpec
+from .signal import ArraySpec, Axis
 
 INDEX_BYTES_PER_ROW = 28
-"""A row key and three 32-bit numbers."""
+"""A row key and three 32-bit numbers; four where the store has pairs of tokens."""
+
+
+class ShardSize(NamedTuple):
+    """How much of each axis a shard takes; pairs of tokens count in stores that have them."""
+
+    rows: int
+    tokens: int
+    pairs: int = 0
+
+    def entries(self, axis: Axis) -> int:
+        """Slots it takes on an axis."""
+        return {"example": self.rows, "token": self.tokens, "pair": self.pairs}[axis]
 
 
 @dataclass(frozen=True)
@@ -27,16 +40,23 @@ class PlannedShard:
 
     Attributes:
         tokens: their number of tokens together.
+        pairs: their number of pairs of tokens together; 0 in a store without.
     """
 
     start: int
     stop: int
     tokens: int
+    pairs: int = 0
 
     @property
     def rows(self) -> int:
         """How many."""
         return self.stop - self.start
+
+    @property
+    def size(self) -> ShardSize:
+        """What they take of the axes."""
+        return ShardSize(self.rows, self.tokens, self.pairs)
 
 
 def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShard]:
@@ -49,37 +69,44 @@ def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShar
         RefusedError: a row without tokens, or longer than a shard.
     """
     lengths_N = np.asarray(lengths, dtype=np.int64)
+    pairs_N = lengths_N**2 if layout.pairs_per_shard else np.zeros_like(lengths_N)
     for bad, what in (
         (lengths_N < 1, "has no tokens"),
         (lengths_N > layout.tokens_per_shard, f"is longer than a shard of {layout.tokens_per_shard} tokens"),
+        (pairs_N > layout.pairs_per_shard, f"has more pairs of tokens than a shard's {layout.pairs_per_shard}"),
     ):
         if bad.any():
             row = int(np.argmax(bad))
             raise RefusedError(
                 f"row {row} {what} ({int(lengths_N[row])} tokens; {int(bad.sum())} such rows)",
-                fix="drop empty texts, lower --max-length, or create the store with more --tokens-per-shard",
+                fix="drop empty texts, lower --max-length, or create the store with more --tokens-per-shard "
+                "(and --pairs-per-shard)",
             )
-    offsets = offsets_of(lengths_N)
+    offsets, pair_offsets = offsets_of(lengths_N), offsets_of(pairs_N)
     shards, start = [], 0
     while start < len(lengths_N):
         fits = int(np.searchsorted(offsets, offsets[start] + layout.tokens_per_shard, side="right")) - 1
+        if layout.pairs_per_shard:
+            limit = pair_offsets[start] + layout.pairs_per_shard
+            fits = min(fits, int(np.searchsorted(pair_offsets, limit, side="right")) - 1)
         stop = min(fits, start + layout.rows_per_shard)
-        shards.append(PlannedShard(start, stop, int(offsets[stop] - offsets[start])))
+        tokens, pairs = (int(running[stop] - running[start]) for running in (offsets, pair_offsets))
+        shards.append(PlannedShard(start, stop, tokens, pairs))
         start = stop
     return shards
 
 
-def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable[tuple[int, int]]) -> dict[str, int]:
+def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable[ShardSize]) -> dict[str, int]:
     """Bytes of shard files per signal (and encoding, where it is not the first), exactly.
 
     Args:
         specs: the arrays to write.
-        shards: (rows, tokens) of each shard to be written.
+        shards: sizes of those to be written.
     """
     sizes, planned = list(shards), dict[str, int]()
     for spec in specs:
         planned[spec.label] = planned.get(spec.label, 0) + sum(
-            layout.file_bytes(spec, rows if spec.axis == "example" else tokens) for rows, tokens in sizes
+            layout.file_bytes(spec, size.entries(spec.axis)) for size in sizes
         )
     return planned
 
@@ -90,13 +117,12 @@ class Lacking:
 
     Attributes:
         shard: its number.
-        rows, tokens: that it holds.
+        size: of it.
         specs: arrays it has no file of.
     """
 
     shard: int
-    rows: int
-    tokens: int
+    size: ShardSize
     specs: tuple[ArraySpec, ...]
 
 
@@ -104,7 +130,7 @@ def plan_files(
     layout: StoreLayout,
     specs: Sequence[ArraySpec],
     *,
-    new: Sequence[tuple[int, int]],
+    new: Sequence[ShardSize],
     lacking: Sequence[Lacking],
     declared: Collection[str],
     num_shards: int,
@@ -113,7 +139,7 @@ def plan_files(
 
     Args:
         specs: the arrays asked for.
-        new: (rows, tokens) of each shard to be added.
+        new: sizes of the shards to be added.
         lacking: shards that are there.
         declared: paths of the arrays that are declared.
         num_shards: that are there.
@@ -125,12 +151,12 @@ def plan_files(
     planned = plan_bytes(layout, (*inputs, *specs), new)
     records = 0
     for item in lacking:
-        for label, size in plan_bytes(layout, item.specs, [(item.rows, item.tokens)]).items():
+        for label, size in plan_bytes(layout, item.specs, [item.size]).items():
             planned[label] = planned.get(label, 0) + size
-        records += _record_bytes(layout, item.shard, item.rows, item.tokens, item.specs)
-    for shard, (rows, tokens) in enumerate(new, start=num_shards):
-        records += _record_bytes(layout, shard, rows, tokens, inputs, _index_bytes(rows))
-        records += _record_bytes(layout, shard, rows, tokens, specs) if specs else 0
+        records += _record_bytes(layout, item.shard, item.size, item.specs)
+    for shard, size_ in enumerate(new, start=num_shards):
+        records += _record_bytes(layout, shard, size_, inputs, _index_bytes(size_))
+        records += _record_bytes(layout, shard, size_, specs) if specs else 0
     undeclared = {spec.path: spec for spec in (*inputs, *specs) if spec.path not in declared}
     metadata = sum(
         len(metadata_bytes(layout.array_metadata(spec, num_shards + len(new)))) for spec in undeclared.values()
@@ -138,32 +164,36 @@ def plan_files(
     known = {os.path.dirname(path) for path in declared}
     groups = {os.path.dirname(path) for path in undeclared} - known
     metadata += len(groups) * len(metadata_bytes(group_metadata()))
-    planned["index"] = sum(_index_bytes(rows) for rows, _ in new)
+    planned["index"] = sum(map(_index_bytes, new))
     return planned | {"records": records, "metadata": metadata}
 
 
+def _index_bytes(size: ShardSize) -> int:
+    return _bytes_of_index(size.rows, bool(size.pairs))
+
+
 @lru_cache(maxsize=1024)
-def _index_bytes(rows: int) -> int:
+def _bytes_of_index(rows: int, pairs: bool) -> int:
     """Of the Parquet file of a shard's index: its columns are plain, so that their values do not matter."""
     from .index import encode_index
 
-    return len(encode_index(np.zeros((rows, 2), dtype=np.uint64), np.ones(rows, dtype=np.int64))[0])
+    keys, lengths = np.zeros((rows, 2), dtype=np.uint64), np.ones(rows, dtype=np.int64)
+    return len(encode_index(keys, lengths, pairs=pairs)[0])
 
 
 def _record_bytes(
-    layout: StoreLayout, shard: int, rows: int, tokens: int, specs: Sequence[ArraySpec], index_bytes: int = 0
+    layout: StoreLayout, shard: int, size: ShardSize, specs: Sequence[ArraySpec], index_bytes: int = 0
 ) -> int:
     """Of a commit record; an allocation's when there is an index."""
     from .records import FileRecord, IndexRecord, Record
 
     digest = "0" * 32
     files = tuple(
-        FileRecord(spec, shard, layout.file_bytes(spec, rows if spec.axis == "example" else tokens), digest, digest)
-        for spec in specs
+        FileRecord(spec, shard, layout.file_bytes(spec, size.entries(spec.axis)), digest, digest) for spec in specs
     )
     index = IndexRecord(index_bytes, digest, digest) if index_bytes else None
     allocation = None if index_bytes else digest
-    return len(Record(digest, shard, rows, tokens, files, index, allocation).encode())
+    return len(Record(digest, shard, size.rows, size.tokens, files, index, allocation, pairs=size.pairs).encode())
 
 
 def require_room(needed: int | Mapping[str, int], *, url: str | os.PathLike[str], max_bytes: int | None = None) -> None:

@@ -219,6 +219,33 @@ class _Array:
                     values[row, :length] = self.shard(shard)[start : start + length]
         return values
 
+    def take_pairs(self, shards: IntArray, starts: IntArray, lengths: IntArray, out: Array | None = None) -> Array:
+        """[B, T, T, ...] entries of the pair axis, as stored; zeros beyond a row's tokens.
+
+        Args:
+            starts: first pair of each row inside its shard.
+            lengths: tokens of each row.
+        """
+        width = int(lengths.max()) if len(lengths) else 0
+        values = np.empty((len(shards), width, width, *self.spec.shape), self.spec.dtype) if out is None else out
+        mapped = self._map_of(shards)
+        if mapped is not None:
+            columns = np.arange(width)
+            inside_BT = columns < lengths[:, None]
+            positions_BTT = (shards * mapped.stride + starts)[:, None, None] + (
+                columns[:, None] * lengths[:, None, None] + columns
+            )
+            np.putmask(positions_BTT, ~(inside_BT[:, :, None] & inside_BT[:, None, :]), len(mapped.values) - 1)
+            np.take(mapped.values, positions_BTT, axis=0, out=values, mode="clip")
+        else:
+            values[...] = 0
+            for shard in np.unique(shards).tolist():
+                for row in np.flatnonzero(shards == shard).tolist():
+                    start, length = int(starts[row]), int(lengths[row])
+                    block = self.shard(shard)[start : start + length * length]
+                    values[row, :length, :length] = block.reshape(length, length, *self.spec.shape)
+        return values
+
 
 class _Stored:
     """A signal as a reader gives it: each shard from the most exact of the encodings that it has there.
@@ -255,10 +282,11 @@ class _Stored:
                 decode(spec.encoding, parts, out)
                 continue
             values = decode(spec.encoding, parts)
-            # Of token signals, these rows may all be shorter than the longest of the batch.
-            if spec.axis == "token":
+            # Of tokens and pairs, these rows may all be shorter than the longest of the batch.
+            if spec.axis != "example":
                 padded = np.zeros((len(values), *out.shape[1:]), out.dtype)
-                padded[:, : values.shape[1]] = values
+                width = values.shape[1]
+                padded[(slice(None), slice(width), slice(width))[: 2 if spec.axis == "token" else 3]] = values
                 values = padded
             out[mine] = values
         return out
@@ -385,6 +413,35 @@ class StoreReader:
             values[np.arange(width) >= lengths[:, None]] = pad_value
         return values, lengths
 
+    def gather_pairs(
+        self, signal: Signal | str, rows: npt.ArrayLike, *, out: Array | None = None
+    ) -> tuple[Array, IntArray]:
+        """Padded entries of all pairs of tokens of some rows of a pair-axis signal, and the rows' lengths.
+
+        Args:
+            out: memory to use, as in `gather_tokens`.
+
+        Returns:
+            (values [B, T, T, ...], by the token that attends, then by the one attended to, in the stored dtype (int8:
+            float32), zeros where one is none of the row's; lengths int64 [B]); T is the longest of the rows.
+
+        Raises:
+            RefusedError: as `gather`.
+        """
+        stored = self._open(signal, "pair")
+        rows_B = _row_numbers(rows)
+        shards, _, lengths = self.index.locate(rows_B)
+        self._require(stored, signal, shards)
+        starts = self.index.pair_starts(rows_B)
+        width = int(lengths.max()) if len(lengths) else 0
+        values = _memory(out, (len(rows_B), width, width, *stored.spec.shape), stored.dtype)
+        stored.fill(
+            values,
+            shards,
+            lambda array, mine, out: array.take_pairs(shards[mine], starts[mine], lengths[mine], out),
+        )
+        return values, lengths
+
     def _asked(self, signal: Signal | str) -> Signal:
         signal = Signal.parse(signal) if isinstance(signal, str) else signal
         encoding = self._encodings.get(signal)
@@ -412,7 +469,7 @@ class StoreReader:
                     renumbered[choice == old] = new
                 stored = self._stored[str(signal)] = _Stored(asked, encodings, renumbered)
         if axis is not None and stored.spec.axis != axis:
-            method = "gather_tokens" if stored.spec.axis == "token" else "gather"
+            method = {"example": "gather", "token": "gather_tokens", "pair": "gather_pairs"}[stored.spec.axis]
             raise RefusedError(f"{signal} has one entry per {stored.spec.axis}", fix=f"use {method}")
         return stored
 

@@ -50,6 +50,5 @@ def recode(store: TeacherStore, writer: ShardWriter, specs: Collection[ArraySpec
                 fix=f"mend it first: kd store repair {store.url}",
             )
         values = read_shard(store.files, store.layout, file, catalogue.allocations[file.shard].entries(file.spec))
-        put = writer.put_tokens if signal.kind.axis == "token" else writer.put_rows
-        put(signal, np.arange(writer.num_rows), values)
+        writer.put(signal, np.arange(writer.num_rows), values)
     return set(sources)

@@ -27,6 +27,7 @@ from ..fingerprint import canonical_json
 from .compacted import COMPACTED_NAME, MAX_RECORD_BYTES, decode_compacted, digest_of
 from .files import SMALL_FILE_BYTES, Buffer, StoreFiles
 from .layout import COMMITS, MAX_SHARDS, RECORD_NAME, StoreLayout, index_file, record_file, shard_file
+from .plan import ShardSize
 from .signal import ENCODINGS, RAW, SEGMENT_IDS, TOKEN_IDS, ArraySpec, Signal
 
 RECORD_FORMAT = 1
@@ -119,6 +120,7 @@ class Record:
         index: of the row index, in the shard's first record only.
         allocation: digest of the shard's first record, in all others.
         supersedes: digests of records that no longer hold for the arrays that this one names (see `live_files`).
+        pairs: number of pairs of tokens in the shard, of each row its tokens squared; 0 in a store without that axis.
     """
 
     store: str
@@ -129,6 +131,7 @@ class Record:
     index: IndexRecord | None = None
     allocation: str | None = None
     supersedes: tuple[str, ...] = ()
+    pairs: int = 0
 
     def encode(self) -> bytes:
         """The bytes of the record file: canonical JSON and a line feed."""
@@ -149,6 +152,8 @@ class Record:
             }
         else:
             content["allocation"] = self.allocation
+        if self.pairs:
+            content["pairs"] = self.pairs
         if self.supersedes:
             content["supersedes"] = sorted(self.supersedes)
         return canonical_json(content) + b"\n"
@@ -163,9 +168,14 @@ class Record:
         """Path of the record inside the store."""
         return record_file(self.shard, self.digest)
 
+    @property
+    def size(self) -> ShardSize:
+        """How much of each axis the shard takes."""
+        return ShardSize(self.rows, self.tokens, self.pairs)
+
     def entries(self, spec: ArraySpec) -> int:
-        """Entries that the shard has on the axis of an array: rows or tokens."""
-        return self.rows if spec.axis == "example" else self.tokens
+        """Entries that the shard has on the axis of an array: rows, tokens or pairs of tokens."""
+        return self.size.entries(spec.axis)
 
 
 def hash_parts(parts: Iterable[Buffer]) -> tuple[int, str, str]:
@@ -208,7 +218,7 @@ _NUMBER, _DIGEST, _TEXT = "(0|[1-9][0-9]{0,14})", "([0-9a-f]{32})", r'([^"\\{}]*
 _CANONICAL = re.compile(
     rf'\{{(?:"allocation":"{_DIGEST}",)?"arrays":\[\{{(.+)\}}\],"format":{RECORD_FORMAT},'
     rf'(?:"index":\{{"bytes":{_NUMBER},"content":"{_DIGEST}","file":"{_TEXT}","xxh3_128":"{_DIGEST}"\}},)?'
-    rf'"rows":{_NUMBER},"shard":{_NUMBER},"store":"{_DIGEST}","tokens":{_NUMBER}\}}\n'
+    rf'(?:"pairs":{_NUMBER},)?"rows":{_NUMBER},"shard":{_NUMBER},"store":"{_DIGEST}","tokens":{_NUMBER}\}}\n'
 )
 _CANONICAL_ARRAY = re.compile(
     rf'"array":"{_TEXT}","bytes":{_NUMBER},"dtype":"{_TEXT}","encoding":"{_TEXT}","file":"{_TEXT}",'
@@ -221,14 +231,17 @@ def _decode_canonical(data: bytes, shard: int, store: str, layout: StoreLayout) 
     match = _CANONICAL.fullmatch(data.decode("ascii", "replace"))
     if match is None:
         return None
-    allocation, arrays, index_bytes, content, index_name, index_hash, rows, number, its_store, tokens = match.groups()
-    num_rows, num_tokens = int(rows), int(tokens)
+    allocation, arrays, index_bytes, content, index_name, index_hash, pairs, rows, number, its_store, tokens = (
+        match.groups()
+    )
+    num_rows, num_tokens, num_pairs = int(rows), int(tokens), int(pairs or 0)
     if (
         (allocation is None) == (content is None)
         or int(number) != shard
         or its_store != store
         or not 1 <= num_rows <= layout.rows_per_shard
         or not num_rows <= num_tokens <= layout.tokens_per_shard
+        or not _least_pairs(num_tokens, layout) <= num_pairs <= layout.pairs_per_shard
         or (content is not None and index_name != index_file(shard))
     ):
         return None
@@ -254,10 +267,15 @@ def _decode_canonical(data: bytes, shard: int, store: str, layout: StoreLayout) 
         if tuple(file.spec for file in files) != inputs:
             return None
         index = IndexRecord(int(index_bytes), index_hash, content)
-        return Record(store, shard, num_rows, num_tokens, tuple(files), index, None)
+        return Record(store, shard, num_rows, num_tokens, tuple(files), index, None, pairs=num_pairs)
     if with_inputs:
         return None
-    return Record(store, shard, num_rows, num_tokens, tuple(files), None, allocation)
+    return Record(store, shard, num_rows, num_tokens, tuple(files), None, allocation, pairs=num_pairs)
+
+
+def _least_pairs(tokens: int, layout: StoreLayout) -> int:
+    """Every token makes one with itself, in stores that have pairs."""
+    return tokens if layout.pairs_per_shard else 0
 
 
 class _StoredAs(NamedTuple):
@@ -315,6 +333,9 @@ def _decode_json(data: bytes, its_shard: int, store: str, layout: StoreLayout) -
         raise ValueError(f"it names shard {shard}, its file shard {its_shard}")
     rows = checked.number("rows", layout.rows_per_shard, least=1)
     tokens = checked.number("tokens", layout.tokens_per_shard, least=rows)
+    pairs = 0
+    if layout.pairs_per_shard or "pairs" in content:
+        pairs = checked.number("pairs", layout.pairs_per_shard, least=_least_pairs(tokens, layout))
     arrays = content.get("arrays")
     if not isinstance(arrays, list) or not arrays:
         raise ValueError("'arrays' must be a list of shard files")
@@ -335,7 +356,7 @@ def _decode_json(data: bytes, its_shard: int, store: str, layout: StoreLayout) -
         supersedes = tuple(checked.digests("supersedes"))
         if not supersedes:
             _require_whole(files)
-    record = Record(store, shard, rows, tokens, files, index, allocation, supersedes)
+    record = Record(store, shard, rows, tokens, files, index, allocation, supersedes, pairs)
     if record.encode() != data:
         raise ValueError("it is not written as kd writes records")
     return record
@@ -708,10 +729,7 @@ def build_catalogue(records: Iterable[Record]) -> tuple[Catalogue, list[Problem]
         allocation = allocations[record.shard]
         if record.index is not None and record is not allocation:
             continue
-        if record.index is None and (
-            record.allocation != digests[record.shard]
-            or (record.rows, record.tokens) != (allocation.rows, allocation.tokens)
-        ):
+        if record.index is None and (record.allocation != digests[record.shard] or record.size != allocation.size):
             problems.append(
                 Problem(record.shard, "record", record.file, "made for another allocation of rows to this shard")
             )

@@ -239,5 +239,6 @@ def _supersede(store: TeacherStore, file: FileRecord, wrong: Sequence[Record]) -
         (file,),
         allocation=first.allocation,
         supersedes=tuple(record.digest for record in wrong),
+        pairs=first.pairs,
     )
     store.files.create(record.file, record.encode())

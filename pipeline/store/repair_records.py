@@ -174,7 +174,10 @@ def _allocation_on_disk(store: TeacherStore, shard: int) -> Record | None:
         data = store.files.read(index_file(shard))
         keys, lengths = decode_index(data)
         tokens = int(lengths.sum())
+        pairs = int((lengths**2).sum()) if layout.pairs_per_shard else 0
         if not 1 <= len(keys) <= layout.rows_per_shard or tokens > layout.tokens_per_shard:
+            return None
+        if pairs > layout.pairs_per_shard:
             return None
         rows, files = [], []
         for spec in layout.input_specs:
@@ -185,10 +188,10 @@ def _allocation_on_disk(store: TeacherStore, shard: int) -> Record | None:
                 return None
     except (KdError, OSError, ValueError, pa.ArrowException):
         return None
-    encoded, index = encode_index(keys, lengths)
+    encoded, index = encode_index(keys, lengths, pairs=bool(pairs))
     if encoded != data or (row_keys(*(Ragged.from_lengths(values, lengths) for values in rows)) != keys).any():
         return None
-    return Record(store.store_digest, shard, len(keys), tokens, tuple(files), index=index)
+    return Record(store.store_digest, shard, len(keys), tokens, tuple(files), index=index, pairs=pairs)
 
 
 def _signal_records(store: TeacherStore, lost: _Lost) -> Iterator[Record]:
@@ -210,6 +213,7 @@ def _signal_records(store: TeacherStore, lost: _Lost) -> Iterator[Record]:
             allocation.tokens,
             tuple(sorted(chosen, key=lambda file: file.file)),
             allocation=allocation.digest,
+            pairs=allocation.pairs,
         )
 
 

@@ -241,7 +241,7 @@ class _Shard:
             else:
                 self.outcome.lose(file.file, "its rows are known, but other software wrote the file: restore a copy")
         if self.index is None:
-            data, index = encode_index(keys, rows.token_ids.lengths)
+            data, index = encode_index(keys, rows.token_ids.lengths, pairs=bool(self.record.pairs))
             if index == self.record.index:
                 files.write(index_file(shard), [data])
                 self.outcome.restore(shard, "index", index_file(shard), "its content has the recorded hash again")

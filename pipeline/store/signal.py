@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..errors import UsageError, near_match
 
-Axis = Literal["example", "token"]
+Axis = Literal["example", "token", "pair"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class SignalKind:
     """One kind of teacher output.
 
     Attributes:
-        axis: "example" (one entry a row) or "token" (one entry a token).
+        axis: "example" (one entry a row), "token" (one a token) or "pair" (n * n of a row of n tokens, first by the
+            token that attends, then by the one attended to).
         dims: names of the trailing dimensions of one entry.
         per_layer: whether it exists once per layer (0 is the embedding output).
         dtype: what it is stored as unless asked otherwise.
         about: one line for people.
+        first_layer: the lowest layer it exists at: attention is inside the blocks, which are numbered from 1.
     """
 
     axis: Axis
@@ -30,6 +32,7 @@ class SignalKind:
     per_layer: bool
     dtype: str
     about: str
+    first_layer: int = 0
 
 
 SIGNALS: Mapping[str, SignalKind] = {
@@ -37,8 +40,18 @@ SIGNALS: Mapping[str, SignalKind] = {
     "hidden.cls": SignalKind("example", ("hidden",), True, "float16", "hidden state of the first token"),
     "hidden.mean": SignalKind("example", ("hidden",), True, "float16", "mean hidden state over the row's tokens"),
     "hidden.tok": SignalKind("token", ("hidden",), True, "float16", "hidden state of every token"),
-}
+    "attention.qkv": SignalKind(
+        "token", ("projection", "hidden"), True, "float16", "query, key and value of every token", first_layer=1
+    ),
+    "attention.score": SignalKind(
+        "pair", ("head",), True, "float16", "query times key / sqrt(head width): no mask, before any softmax",
+        first_layer=1,
+    ),
+}  # fmt: skip
 """What a teacher can be asked for, by name."""
+
+SYNONYMS: Mapping[str, tuple[str, int]] = {"embedding": ("hidden.tok", 0)}
+"""Other names that people may ask by: → (signal, layer)."""
 
 INPUTS: Mapping[str, SignalKind] = {
     "token_ids": SignalKind("token", (), False, "uint16", "what the teacher reads; always stored"),
@@ -85,8 +98,9 @@ class Signal:
         if kind.per_layer != (self.layer is not None):
             wanted = f"{self.name}@LAYER" if kind.per_layer else self.name
             raise UsageError(f"signal {self.name!r} is written {wanted}, got {self}")
-        if self.layer is not None and not 0 <= self.layer <= 999:
-            raise UsageError(f"signal {self}: layers are numbered 0 (the embedding output) to 999")
+        if self.layer is not None and not kind.first_layer <= self.layer <= 999:
+            first = "1 (the first block)" if kind.first_layer else "0 (the embedding output)"
+            raise UsageError(f"signal {self}: layers are numbered {first} to 999")
         if self.encoding is not None and (self.name in INPUTS or self.encoding not in ENCODINGS):
             raise UsageError(f"signal {self}: unknown encoding {self.encoding!r}{near_match(self.encoding, ENCODINGS)}")
 
@@ -142,8 +156,9 @@ SEGMENT_IDS = Signal("segment_ids")
 def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
     """The signals a list like `logits,hidden.cls@all,hidden.tok@4+6:int8` names, in order, each once.
 
-    Layers: `@6`, `@4+6`, `@1-12`, `@all` (0 to num_layers), `@last`; 0 is the embedding output. `:ENCODING` at the end
-    of an item asks for that encoding of all its layers; the same signal may be asked for in several.
+    Layers: `@6`, `@4+6`, `@1-12`, `@all` (0 to num_layers; attention from 1), `@last`; 0 is the embedding output.
+    `:ENCODING` at the end of an item asks for that encoding of all its layers; the same signal may be asked for in
+    several. `embedding` is another name of `hidden.tok@0`.
 
     Args:
         num_layers: of the teacher; the highest layer there is.
@@ -158,6 +173,8 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
     for item in text.split(","):
         place, colon, encoding = (part.strip() for part in item.partition(":"))
         name, at, layers = (part.strip() for part in place.partition("@"))
+        if name in SYNONYMS and not at:
+            name, at, layers = SYNONYMS[name][0], "@", str(SYNONYMS[name][1])
         if colon and encoding not in ENCODINGS:
             raise UsageError(f"{item.strip()!r}: unknown encoding {encoding!r}{near_match(encoding, ENCODINGS)}")
         if not name:
@@ -173,7 +190,7 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
             continue
         if not at:
             raise UsageError(f"signal {name!r} needs a layer", fix=f"write {name}@last, {name}@all or {name}@4+6")
-        for layer in _parse_layers(layers, num_layers, item.strip()):
+        for layer in _parse_layers(layers, num_layers, item.strip(), first_layer=SIGNALS[name].first_layer):
             signals[Signal(name, layer, encoding or None)] = None
     return tuple(signals)
 
@@ -207,9 +224,9 @@ def _format_layers(layers: Sequence[int]) -> str:
     return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
 
 
-def _parse_layers(text: str, num_layers: int, item: str) -> list[int]:
+def _parse_layers(text: str, num_layers: int, item: str, *, first_layer: int) -> list[int]:
     if text == "all":
-        return list(range(num_layers + 1))
+        return list(range(first_layer, num_layers + 1))
     if text == "last":
         return [num_layers]
     layers: list[int] = []
@@ -220,6 +237,8 @@ def _parse_layers(text: str, num_layers: int, item: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise UsageError(f"{item!r}: layers {part!r} run backwards", fix=f"write @{last}-{first}")
+        if first < first_layer:
+            raise UsageError(f"{item!r}: attention is inside the blocks, which are layers 1 to {num_layers}")
         if last > num_layers:
             raise UsageError(f"{item!r}: the teacher has layers 0 to {num_layers}, got {last}")
         layers += range(first, last + 1)
@@ -291,7 +310,7 @@ class ArraySpec:
 
     @property
     def axis(self) -> Axis:
-        """ "example" or "token"."""
+        """ "example", "token" or "pair"."""
         return self.signal.kind.axis
 
     @property
@@ -326,7 +345,7 @@ class ArraySpec:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry: of a row on the example axis, of a token on the token axis."""
+        """Bytes of one entry: of a row, a token or a pair of tokens."""
         return self.itemsize * math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
@@ -350,25 +369,55 @@ def derivable(specs: Iterable[ArraySpec]) -> list[dict[str, Any]]:
     return found
 
 
-def array_spec(signal: Signal, size: int, *, dtype: str | None = None) -> ArraySpec:
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a teacher that entries of its outputs are made of.
+
+    Attributes:
+        label: columns of its logits.
+        hidden: width of a hidden state.
+        head: attention heads; 0 where it does not say.
+    """
+
+    label: int
+    hidden: int
+    head: int = 0
+    projection: int = 3
+    """Query, key and value."""
+
+    def shape(self, signal: Signal) -> tuple[int, ...]:
+        """Of one entry of a signal."""
+        return tuple(int(getattr(self, dim)) for dim in signal.kind.dims)
+
+    def of(self, signal: Signal, entries: Mapping[Axis, int]) -> int:
+        """Bytes of a signal in its encoding, scales included; exact but for what a store adds to its files.
+
+        Args:
+            entries: how many on each axis.
+        """
+        return sum(spec.entry_bytes * entries[spec.axis] for spec in array_specs(signal, self.shape(signal)))
+
+
+def array_spec(signal: Signal, shape: int | tuple[int, ...], *, dtype: str | None = None) -> ArraySpec:
     """The spec of a teacher output that is stored as plain numbers.
 
     Args:
-        size: of its one trailing dimension: number of labels or hidden size.
+        shape: of one entry (see `Sizes.shape`); a number is the size of its one dimension.
         dtype: "float32" or "float16"; None takes the default of the kind.
     """
-    return ArraySpec(signal, (size,), dtype or signal.kind.dtype)
+    return ArraySpec(signal, shape if isinstance(shape, tuple) else (shape,), dtype or signal.kind.dtype)
 
 
-def array_specs(signal: Signal, size: int) -> tuple[ArraySpec, ...]:
+def array_specs(signal: Signal, shape: int | tuple[int, ...]) -> tuple[ArraySpec, ...]:
     """The arrays of a teacher output in the encoding that `signal` names, or the default of its kind.
 
     Args:
-        size: of its one trailing dimension: number of labels or hidden size.
+        shape: of one entry (see `Sizes.shape`); a number is the size of its one dimension.
     """
     encoding = signal.encoding or signal.kind.dtype
+    entry = shape if isinstance(shape, tuple) else (shape,)
     return tuple(
-        ArraySpec(signal.bare, () if part else (size,), dtype, encoding, part)
+        ArraySpec(signal.bare, () if part else entry, dtype, encoding, part)
         for part, dtype in ENCODINGS[encoding].parts.items()
     )
 

@@ -35,7 +35,7 @@ from .layout import (
     index_file,
     metadata_bytes,
 )
-from .plan import PlannedShard, plan_shards
+from .plan import PlannedShard, ShardSize, plan_shards
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
 from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
 from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, derivable, place
@@ -91,9 +91,9 @@ class AllocationPreview:
     shards: tuple[int, ...]
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(rows, tokens) of each shard to be added, as `plan_bytes` takes them."""
-        return [(shard.rows, shard.tokens) for shard in self.planned]
+    def sizes(self) -> list[ShardSize]:
+        """Of each shard to be added, as `plan_bytes` takes them."""
+        return [shard.size for shard in self.planned]
 
 
 @dataclass(frozen=True)
@@ -284,10 +284,10 @@ class TeacherStore:
                 missing[shard] = lacking
         return missing
 
-    def shard_sizes(self, shards: Iterable[int]) -> list[tuple[int, int]]:
-        """(rows, tokens) of each shard, as `plan_bytes` takes them."""
+    def shard_sizes(self, shards: Iterable[int]) -> list[ShardSize]:
+        """Of each shard, as `plan_bytes` takes them."""
         allocations = self.catalogue().allocations
-        return [(allocations[shard].rows, allocations[shard].tokens) for shard in shards]
+        return [allocations[shard].size for shard in shards]
 
     def digest(self) -> str:
         """32 hex over identity, layout, rows, arrays and tensor sidecars: what it holds, not how it came there."""
@@ -426,9 +426,12 @@ class TeacherStore:
             file = FileRecord(spec, shard, *hash_parts(parts))
             self.files.write(file.file, parts)
             written.append(file)
-        data, index = encode_index(keys, token_ids.lengths)
+        pairs = int((token_ids.lengths**2).sum()) if self.layout.pairs_per_shard else 0
+        data, index = encode_index(keys, token_ids.lengths, pairs=bool(pairs))
         self.files.write(index_file(shard), [data])
-        record = Record(self.store_digest, shard, len(keys), len(token_ids.values), tuple(written), index=index)
+        record = Record(
+            self.store_digest, shard, len(keys), len(token_ids.values), tuple(written), index=index, pairs=pairs
+        )
         self.files.create(record.file, record.encode())
 
     def read_tokens(self, shard: int) -> ShardRows:

@@ -56,6 +56,7 @@ def commit_files(store: TeacherStore, allocation: Record, staged: Mapping[FileRe
             allocation.tokens,
             kept,
             allocation=allocation.digest,
+            pairs=allocation.pairs,
         )
         store.files.create(record.file, record.encode())
     return record
@@ -71,7 +72,7 @@ class ShardWriter:
     def __init__(self, store: TeacherStore, allocation: Record, lengths: IntArray, specs: Sequence[ArraySpec]) -> None:
         self.shard = allocation.shard
         self._store, self._allocation = store, allocation
-        self._lengths, self._starts = lengths, offsets_of(lengths)[:-1]
+        self._lengths = lengths
         self._specs: dict[Signal, list[ArraySpec]] = {}
         for spec in specs:
             self._specs.setdefault(spec.signal, []).append(spec)
@@ -114,8 +115,33 @@ class ShardWriter:
             RefusedError: as `put_rows`.
         """
         specs, slots_B = self._check(signal, slots, "token")
-        lengths = self._lengths[slots_B]
-        self._put(specs, values, slots_B, lengths, ranges(self._starts[slots_B], lengths))
+        self._put_ragged(specs, values, slots_B, self._lengths)
+
+    def put_pairs(self, signal: Signal | str, slots: npt.ArrayLike, values: npt.NDArray[Any]) -> None:
+        """Take the entries of all pairs of tokens of some rows of a pair-axis signal.
+
+        Args:
+            slots: [B] places of the rows inside the shard, distinct.
+            values: [total, ...] n * n entries of each row of n tokens, first by the token that attends, row after row
+                in the order of `slots`.
+
+        Raises:
+            RefusedError: as `put_rows`.
+        """
+        specs, slots_B = self._check(signal, slots, "pair")
+        self._put_ragged(specs, values, slots_B, self._lengths**2)
+
+    def put(self, signal: Signal | str, slots: npt.ArrayLike, values: npt.NDArray[Any]) -> None:
+        """The one of `put_rows`, `put_tokens` and `put_pairs` that fits the signal."""
+        axis = (Signal.parse(signal) if isinstance(signal, str) else signal).kind.axis
+        {"example": self.put_rows, "token": self.put_tokens, "pair": self.put_pairs}[axis](signal, slots, values)
+
+    def _put_ragged(
+        self, specs: list[ArraySpec], values: npt.NDArray[Any], slots_B: IntArray, entries: IntArray
+    ) -> None:
+        """Entries of rows that have `entries` [rows of the shard] each."""
+        starts = offsets_of(entries)[:-1]
+        self._put(specs, values, slots_B, entries[slots_B], ranges(starts[slots_B], entries[slots_B]))
 
     def _put(
         self, specs: list[ArraySpec], values: npt.NDArray[Any], slots: IntArray, lengths: IntArray, places: IntArray
@@ -144,7 +170,7 @@ class ShardWriter:
                 f"this writer does not hold {signal}", details=[f"it holds: {', '.join(map(str, self._specs))}"]
             )
         if signal.kind.axis != axis:
-            method = "put_tokens" if signal.kind.axis == "token" else "put_rows"
+            method = {"example": "put_rows", "token": "put_tokens", "pair": "put_pairs"}[signal.kind.axis]
             raise RefusedError(f"{signal} has one entry per {signal.kind.axis}", fix=f"use {method}")
         slots_B = np.asarray(slots, dtype=np.int64)
         if slots_B.ndim != 1 or (slots_B.size and not 0 <= slots_B.min() <= slots_B.max() < self._allocation.rows):
@@ -179,11 +205,13 @@ class ShardWriter:
             entry = int(entries[0])
             position = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
             value = float(flat[entry][bad[entry]][0])
-            token = entry - int(lengths[:position].sum())
-            place = f", token {token}" if signal.kind.axis == "token" else ""
+            inside, slot = entry - int(lengths[:position].sum()), int(slots[position])
+            attending, attended = divmod(inside, int(self._lengths[slot]))
+            place = {"token": f", token {inside}", "pair": f", tokens {attending} and {attended}"}.get(
+                signal.kind.axis, ""
+            )
             raise RefusedError(
-                f"{signal} of row {self._row(int(slots[position]))} (shard {self.shard}, "
-                f"slot {int(slots[position])}{place}) {what}: {value}",
+                f"{signal} of row {self._row(slot)} (shard {self.shard}, slot {slot}{place}) {what}: {value}",
                 details=[f"{int(bad.sum())} such values of {flat.size} in this batch"],
                 fix="capture this signal as float32"
                 if np.isfinite(value)

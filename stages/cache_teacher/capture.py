@@ -118,8 +118,7 @@ class CaptureJob:
         batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
         for batch in runner.run(rows.token_ids, rows.segment_ids, batches):
             for signal, values in batch.values.items():
-                put = writer.put_tokens if signal.kind.axis == "token" else writer.put_rows
-                put(signal, batch.slots, values)
+                writer.put(signal, batch.slots, values)
             advance(len(batch.slots))
         return len(rows.rows), runner.num_halved - halved_before
 

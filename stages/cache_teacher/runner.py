@@ -18,6 +18,7 @@ from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store.codec import LIMITS
 from ...pipeline.store.signal import Signal
+from .attention import hook_maps, layer_modules, require_true_scores, scores
 
 PAD_MULTIPLE = 8
 
@@ -28,7 +29,8 @@ class SignalBatch:
 
     Attributes:
         slots: which rows, int64 [B].
-        values: per example [B, ...]; per token [K, ...], the rows' tokens one after another without padding.
+        values: per example [B, ...]; per token [K, ...], the rows' tokens one after another without padding; per pair
+            of tokens [P, ...], n * n of a row of n tokens.
     """
 
     slots: np.ndarray
@@ -94,10 +96,12 @@ class Runner:
         self._pad_token_id = pad_token_id
         self._max_tokens = max_tokens
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
-        self._layers = sorted({signal.layer for signal in signals if signal.layer is not None})
+        self._layers = sorted({s.layer for s in signals if s.layer is not None and s.name in REDUCE})
         self._states: dict[Signal, Tensor] = {}
         self._batch: _Batch | None = None
         self._hooks = self._watch() if self._layers else []
+        self._with_pairs = any(signal.kind.axis == "pair" for signal in signals)
+        self._attention_hooks = self._watch_attention()
 
     def run(self, token_ids: Ragged, segment_ids: Ragged, batches: Sequence[np.ndarray]) -> Iterator[SignalBatch]:
         """Yield each batch's signals; on a GPU the next batch is under way while one is handed out.
@@ -122,9 +126,9 @@ class Runner:
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._attention_hooks):
             hook.remove()
-        self._hooks = []
+        self._hooks, self._attention_hooks = [], []
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ class Runner:
         if self._max_tokens is not None:
             width = min(width, self._max_tokens)
         inside_BT = np.arange(width) < lengths[:, None]
-        batch = self._batch = _Batch.of(inside_BT, self.device)
+        batch = self._batch = _Batch.of(inside_BT, self.device, pairs=self._with_pairs)
         inputs = {
             "input_ids": self._padded(token_ids, slots, inside_BT, self._pad_token_id),
             "attention_mask": batch.mask_BT,
@@ -218,7 +222,7 @@ class Runner:
         if self._batch is None:
             return  # somebody else runs the model
         for signal in self._signals:
-            if signal.layer == layer:
+            if signal.layer == layer and signal.name in REDUCE:
                 self._states[signal] = REDUCE[signal.name](hidden_BTH, self._batch)
 
     def _watch(self) -> list[Any]:
@@ -227,7 +231,7 @@ class Runner:
         Hidden state 0 is the input of the first layer, i the output of layer i. That is tried out on a few tokens
         against the model's own `hidden_states`: some models normalise the last one after its layer, or share layers.
         """
-        blocks = _layer_modules(self.model)
+        blocks = layer_modules(self.model)
         if blocks is None:
             return []
         config: Any = self.model.config
@@ -250,6 +254,31 @@ class Runner:
             if layer in self._layers
         )
         return _hook_layers(blocks, self._layers, self._keep) if agree else []
+
+    # --- attention -----------------------------------------------------------------------------------------------
+
+    def _watch_attention(self) -> list[Any]:
+        """Hook the query, key and value maps of the layers asked for.
+
+        Raises:
+            RefusedError: the model has no such maps, or its scores are not what follows from them.
+        """
+        scored = {s.layer: False for s in self._signals if s.name == "attention.score" and s.layer is not None}
+        mapped = {s.layer: True for s in self._signals if s.name == "attention.qkv" and s.layer is not None}
+        if scored:
+            require_true_scores(self.model, scored, self.device)
+        return hook_maps(self.model, scored | mapped, self._keep_attention)
+
+    def _keep_attention(self, layer: int, maps_BTD: tuple[Tensor, ...]) -> None:
+        """Reduce what the maps of one layer gave to the signals asked of it, and forget it."""
+        if self._batch is None:
+            return
+        score, qkv = Signal("attention.score", layer), Signal("attention.qkv", layer)
+        if score in self._signals:
+            heads = int(self.model.config.num_attention_heads)  # type: ignore[union-attr,arg-type]
+            self._states[score] = every_pair(scores(maps_BTD[0], maps_BTD[1], heads), self._batch)
+        if qkv in self._signals:
+            self._states[qkv] = every_token(torch.stack(maps_BTD, dim=2), self._batch)
 
 
 @dataclass(frozen=True)
@@ -294,15 +323,24 @@ class _Batch:
     mask_BT: Tensor
     lengths_B: Tensor
     token_index_K: Tensor | None
+    pair_index_P: Tensor | None = None
 
     @classmethod
-    def of(cls, inside_BT: np.ndarray, device: torch.device) -> _Batch:
-        """From where the tokens are, bool [B, T]."""
+    def of(cls, inside_BT: np.ndarray, device: torch.device, *, pairs: bool = False) -> _Batch:
+        """From where the tokens are, bool [B, T].
+
+        Args:
+            pairs: whether pairs of tokens are needed too.
+        """
         index = None if inside_BT.all() else torch.from_numpy(np.flatnonzero(inside_BT))
+        pair_index = None
+        if pairs and index is not None:
+            pair_index = torch.from_numpy(np.flatnonzero(inside_BT[:, :, None] & inside_BT[:, None, :]))
         return cls(
             mask_BT=torch.from_numpy(inside_BT.astype(np.int64)).to(device, non_blocking=True),
             lengths_B=torch.from_numpy(inside_BT.sum(axis=1)).to(device, non_blocking=True),
             token_index_K=None if index is None else index.to(device, non_blocking=True),
+            pair_index_P=None if pair_index is None else pair_index.to(device, non_blocking=True),
         )
 
 
@@ -324,18 +362,17 @@ def every_token(hidden_BTH: Tensor, batch: _Batch) -> Tensor:
     return flat.clone() if batch.token_index_K is None else flat.index_select(0, batch.token_index_K)
 
 
+def every_pair(scores_BHTT: Tensor, batch: _Batch) -> Tensor:
+    """Scores of all pairs of tokens without padding, row after row, by the token that attends, [P, H]."""
+    flat = scores_BHTT.permute(0, 2, 3, 1).flatten(0, 2)
+    return flat.contiguous() if batch.pair_index_P is None else flat.index_select(0, batch.pair_index_P)
+
+
 REDUCE: dict[str, Callable[[Tensor, _Batch], Tensor]] = {
     "hidden.cls": first_token,
     "hidden.mean": mean_of_tokens,
     "hidden.tok": every_token,
 }
-
-
-def _layer_modules(model: nn.Module) -> list[nn.Module] | None:
-    """The transformer layers in order: the one list of modules that is as long as the config says."""
-    num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
-    return list(found[0]) if found else None
 
 
 def _hook_layers(

@@ -18,6 +18,7 @@ from ...pipeline.stage import Stage, StageContext, StageResult, option
 if TYPE_CHECKING:
     from ...pipeline.ragged import Ragged
     from ...pipeline.store import ArraySpec, Signal, StoreIdentity, StoreLayout, TeacherStore
+    from ...pipeline.store.plan import ShardSize
     from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
     from .capture import CapturedShard
@@ -99,6 +100,13 @@ class CacheTeacher(Stage):
     )
     tokens_per_shard: int | None = option(
         None, help="Tokens per shard, 131072; fixed in a new store.", identity=False, panel=STORE, metavar="N"
+    )
+    pairs_per_shard: int | None = option(
+        None,
+        help="Pairs of tokens per shard, 16777216 or those of one row; 0: no attention scores. Fixed in a new store.",
+        identity=False,
+        panel=STORE,
+        metavar="N",
     )
 
     workers: int = option(1, help="Processes on this machine.", identity=False, panel=RUNNING, metavar="N")
@@ -293,21 +301,29 @@ class CacheTeacher(Stage):
 
     def _layout(self, store: TeacherStore | None, warn: Any) -> StoreLayout:
         from ...pipeline.store import StoreLayout
+        from ...pipeline.store.layout import MAX_PAIRS, PAIRS_PER_SHARD
         from .teacher import resolve_device
 
         asked = {
             name: getattr(self, name)
-            for name in ("batch_tokens", "rows_per_shard", "tokens_per_shard")
+            for name in ("batch_tokens", "rows_per_shard", "tokens_per_shard", "pairs_per_shard")
             if getattr(self, name) is not None
         }
         if store is None:
             # A CPU is fastest while a batch stays in its cache: 2048 took 15 % less time than 8192 (MiniLM).
             batch_tokens = CPU_BATCH_TOKENS if resolve_device(self.device) == "cpu" else BATCH_TOKENS
-            layout = StoreLayout.for_vocabulary(self._teacher.vocab_size, **({"batch_tokens": batch_tokens} | asked))
+            pairs = max(PAIRS_PER_SHARD, self._max_tokens**2)
+            sizes = {"batch_tokens": batch_tokens, "pairs_per_shard": pairs if pairs <= MAX_PAIRS else 0}
+            layout = StoreLayout.for_vocabulary(self._teacher.vocab_size, **(sizes | asked))
             if layout.tokens_per_shard < self._max_tokens:
                 raise UsageError(
                     f"--tokens-per-shard {layout.tokens_per_shard} does not hold a row of {self._max_tokens} tokens",
                     fix=f"give at least {self._max_tokens}",
+                )
+            if 0 < layout.pairs_per_shard < self._max_tokens**2:
+                raise UsageError(
+                    f"--pairs-per-shard {layout.pairs_per_shard} does not hold a row of {self._max_tokens} tokens",
+                    fix=f"give at least {self._max_tokens**2}, or 0 for a store without attention scores",
                 )
             return layout
         for name, value in asked.items():
@@ -341,15 +357,14 @@ class CacheTeacher(Stage):
         first = {spec.signal: spec.encoding for spec in declared if spec.plain}
         wanted: list[ArraySpec] = []
         for signal in self._signals:
-            is_hidden = signal.layer is not None
-            size = self._teacher.hidden_size if is_hidden else self._teacher.num_labels
-            there, asked = first.get(signal), self.hidden_dtype if is_hidden else None
+            there, asked = first.get(signal), self.hidden_dtype if signal.name.startswith("hidden.") else None
             if there is not None and asked not in (None, there):
                 raise RefusedError(
                     f"store {self.store} holds {signal} as {there}, --hidden-dtype asks for {asked}",
                     fix=f"leave --hidden-dtype out, or name {signal}:{asked} to have both",
                 )
-            wanted += array_specs(replace(signal, encoding=signal.encoding or there or asked), size)
+            encoded = replace(signal, encoding=signal.encoding or there or asked)
+            wanted += array_specs(encoded, self._teacher.sizes.shape(signal))
         return place(wanted, declared)
 
     def _capture(self, plan: Plan, context: StageContext) -> StageResult:
@@ -374,7 +389,7 @@ class CacheTeacher(Stage):
         put_files(store, teacher)
         missing = store.missing(specs, allocation.shards)
         sizes = store.shard_sizes(missing)
-        rows_to_compute = sum(rows for rows, _ in sizes)
+        rows_to_compute = sum(shard.rows for shard in sizes)
         progress.info(
             f"{len(self._corpus)} rows: {allocation.num_new} new to the store, {allocation.num_known} known, "
             f"{allocation.num_duplicates} duplicates",
@@ -400,7 +415,7 @@ class CacheTeacher(Stage):
 
         started = time.perf_counter()
         if missing:
-            again = sum(rows for shard, (rows, _) in zip(missing, sizes, strict=True) if shard in plan.recoded)
+            again = sum(its.rows for shard, its in zip(missing, sizes, strict=True) if shard in plan.recoded)
             progress.estimate(
                 f"capturing {rows_to_compute} rows in {len(missing)} shards, {plan.bytes_text}"
                 + (f"; {again} rows are encoded again from the store, without the teacher" if again else ""),
@@ -566,7 +581,7 @@ class Plan:
         preview: which rows are new, and the shards they will take.
         specs: the signals asked for.
         missing: shards that are there and hold a row of the corpus → signals they lack.
-        missing_sizes: (rows, tokens) of those shards.
+        missing_sizes: of those shards.
         recoded: those of them that the teacher need not run over: the store holds float32 of all that they lack.
         sidecars: to be added.
         teacher: whose tensors the sidecars hold.
@@ -580,14 +595,14 @@ class Plan:
     preview: AllocationPreview
     specs: tuple[ArraySpec, ...]
     missing: Mapping[int, tuple[ArraySpec, ...]]
-    missing_sizes: Sequence[tuple[int, int]]
+    missing_sizes: Sequence[ShardSize]
     recoded: frozenset[int]
     sidecars: tuple[str, ...]
     teacher: Teacher
     max_bytes: int | None
 
     @cached_property
-    def _sizes_to_compute(self) -> list[tuple[int, int]]:
+    def _sizes_to_compute(self) -> list[ShardSize]:
         sizes = zip(self.missing, self.missing_sizes, strict=True)
         return [*self.preview.sizes, *(size for shard, size in sizes if shard not in self.recoded)]
 
@@ -604,11 +619,11 @@ class Plan:
 
     @property
     def rows_to_compute(self) -> int:
-        return sum(rows for rows, _ in self._sizes_to_compute)
+        return sum(shard.rows for shard in self._sizes_to_compute)
 
     @property
     def tokens_to_compute(self) -> int:
-        return sum(tokens for _, tokens in self._sizes_to_compute)
+        return sum(shard.tokens for shard in self._sizes_to_compute)
 
     @cached_property
     def bytes_of(self) -> dict[str, int]:
@@ -621,7 +636,8 @@ class Plan:
         for specs, size in zip(self.missing.values(), self.missing_sizes, strict=True):
             for name, size_bytes in plan_bytes(self.layout, specs, [size]).items():
                 sizes[name] += size_bytes
-        sizes["index"] = INDEX_BYTES_PER_ROW * self.preview.num_new
+        per_row = INDEX_BYTES_PER_ROW + (4 if self.layout.pairs_per_shard else 0)
+        sizes["index"] = per_row * self.preview.num_new
         if self.sidecars:
             sizes |= {f"sidecar {name}": size for name, size in sidecar_bytes(self.teacher, self.sidecars).items()}
         return sizes

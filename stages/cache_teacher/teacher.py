@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...pipeline.store import StoreIdentity, TeacherStore
+    from ...pipeline.store.signal import Sizes
 
 TASK_OF_PROBLEM = {
     "single_label_classification": "single-label",
@@ -87,6 +88,19 @@ class Teacher:
     def num_labels(self) -> int:
         """Columns of the logits."""
         return int(self.config.num_labels) if self.has_head else 0
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a layer; 0 where its config does not say."""
+        heads = getattr(self.config, "num_attention_heads", 0)
+        return heads if isinstance(heads, int) else 0
+
+    @property
+    def sizes(self) -> Sizes:
+        """What entries of its outputs are made of."""
+        from ...pipeline.store.signal import Sizes
+
+        return Sizes(label=self.num_labels, hidden=self.hidden_size, head=self.num_heads)
 
     @property
     def label_names(self) -> tuple[str, ...]:

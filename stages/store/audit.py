@@ -304,6 +304,9 @@ class _Audit:
             return None
         if spec.axis == "token":
             stored = self.reader.gather_tokens(signal, [row])[0][0].astype(np.float64)
+        elif spec.axis == "pair":
+            pairs = self.reader.gather_pairs(signal, [row])[0]
+            stored = pairs.reshape(-1, *pairs.shape[3:]).astype(np.float64)
         else:
             stored = self.reader.gather(signal, [row]).astype(np.float64)
         live, elsewhere = own[spec.signal], other[spec.signal]
@@ -358,18 +361,19 @@ class _Audit:
     def _run(
         self, rows: ShardRows, batch: Array, wanted: Sequence[tuple[int, int]]
     ) -> dict[tuple[int, int], Mapping[Signal, Array]]:
-        """One batch, and of it the rows wanted, by (shard, slot): [1, ...] per example, [tokens, ...] per token."""
+        """One batch, and of it the rows wanted, by (shard, slot): entries [entries, ...] of each row alone."""
         from ...pipeline.ragged import offsets_of
 
         found: dict[tuple[int, int], dict[Signal, Array]] = {}
         for part in self._runner.run(rows.token_ids, rows.segment_ids, [batch]):
-            ends = offsets_of(rows.token_ids.lengths[part.slots])
+            lengths = rows.token_ids.lengths[part.slots]
+            ends = {
+                "example": offsets_of(lengths**0), "token": offsets_of(lengths), "pair": offsets_of(lengths**2)
+            }  # fmt: skip
             for shard, slot in wanted:
                 for at in (part.slots == slot).nonzero()[0].tolist():
                     found[shard, slot] = {
-                        signal: values[at : at + 1]
-                        if signal.kind.axis == "example"
-                        else values[int(ends[at]) : int(ends[at + 1])]
+                        signal: values[int(ends[signal.kind.axis][at]) : int(ends[signal.kind.axis][at + 1])]
                         for signal, values in part.values.items()
                     }
         return dict(found)

@@ -44,34 +44,46 @@ def plain_columns(table: pa.Table) -> pa.Table:
 
 def blocks(reader: StoreReader, signals: Sequence[Signal], rows: np.ndarray) -> Iterator[slice]:
     """Parts of `rows` whose signals take at most about `BLOCK_BYTES` when padded, in order."""
-    per_row, per_token = 0, 16
+    per_entry = {"example": 0, "token": 16, "pair": 0}
     for signal in signals:
         spec = reader.spec(signal)
-        if spec.axis == "token":
-            per_token += 4 * int(np.prod(spec.shape))
-        else:
-            per_row += 4 * int(np.prod(spec.shape))
+        per_entry[spec.axis] += 4 * int(np.prod(spec.shape))
     lengths = reader.lengths(rows)
     start = 0
     while start < len(rows):
         longest = np.maximum.accumulate(lengths[start : start + 4096])
-        needed = (per_row + per_token * longest) * np.arange(1, len(longest) + 1)
+        needed = per_entry["example"] + per_entry["token"] * longest + per_entry["pair"] * longest**2
+        needed *= np.arange(1, len(longest) + 1)
         stop = start + max(1, int(np.searchsorted(needed, BLOCK_BYTES, side="right")))
         yield slice(start, stop)
         start = stop
 
 
 def signal_column(reader: StoreReader, signal: Signal, rows: np.ndarray) -> pa.Array:
-    """One entry per row: a list of fixed size, or per token a list of such lists."""
+    """One entry per row: lists of fixed size, or per token a list of such lists, or per pair lists of lists of them."""
+    shape = reader.spec(signal).shape
     if signal.kind.axis == "example":
-        values_BD = reader.gather(signal, rows)
-        return pa.FixedSizeListArray.from_arrays(pa.array(values_BD.reshape(-1)), reader.spec(signal).shape[0])
-    values_BTD, lengths = reader.gather_tokens(signal, rows)
-    inside_BT = np.arange(values_BTD.shape[1]) < lengths[:, None]
-    tokens = pa.FixedSizeListArray.from_arrays(
-        pa.array(values_BTD[inside_BT].reshape(-1)), reader.spec(signal).shape[0]
-    )
-    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths).astype(np.int32)), tokens)
+        return _fixed(reader.gather(signal, rows), shape)
+    if signal.kind.axis == "token":
+        values_BTD, lengths = reader.gather_tokens(signal, rows)
+        inside_BT = np.arange(values_BTD.shape[1]) < lengths[:, None]
+        return _lists(_fixed(values_BTD[inside_BT], shape), lengths)
+    values_BTTH, lengths = reader.gather_pairs(signal, rows)
+    inside_BT = np.arange(values_BTTH.shape[1]) < lengths[:, None]
+    pairs = _fixed(values_BTTH[inside_BT[:, :, None] & inside_BT[:, None, :]], shape)
+    return _lists(_lists(pairs, np.repeat(lengths, lengths)), lengths)
+
+
+def _fixed(values: np.ndarray, shape: tuple[int, ...]) -> pa.Array:
+    """Entries [N, *shape] as lists of fixed size, one in another where the shape has several dimensions."""
+    column = pa.array(values.reshape(-1))
+    for size in reversed(shape):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+def _lists(values: pa.Array, lengths: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths).astype(np.int32)), values)
 
 
 def input_columns(reader: StoreReader, rows: np.ndarray, *, mask: bool) -> dict[str, pa.Array]:

@@ -15,6 +15,8 @@ from ...pipeline.stage import Stage, StageContext, StageResult, option
 if TYPE_CHECKING:
     from ...pipeline.ragged import Ragged
     from ...pipeline.store import Signal, StoreLayout, TeacherStore
+    from ...pipeline.store.plan import ShardSize
+    from ...pipeline.store.signal import Sizes
     from ..cache_teacher.teacher import Teacher
 
 TEACHER, CORPUS, STORE = "Teacher", "Corpus", "Store"
@@ -54,6 +56,7 @@ class PlanStore(Stage):
     sidecars: tuple[str, ...] = option(("embeddings",), help="As for kd cache-teacher.", panel=STORE, metavar="LIST")
     rows_per_shard: int | None = option(None, help="Of a new store.", panel=STORE, metavar="N")
     tokens_per_shard: int | None = option(None, help="Of a new store.", panel=STORE, metavar="N")
+    pairs_per_shard: int | None = option(None, help="Of a new store.", panel=STORE, metavar="N")
 
     def __post_init__(self) -> None:
         if self.max_bytes is not None:
@@ -83,7 +86,7 @@ class PlanStore(Stage):
         summary = {
             "store": self.store,
             "rows": work.num_rows,
-            "rows_new": sum(rows for rows, _ in work.new),
+            "rows_new": sum(size.rows for size in work.new),
             "budget_bytes": budget,
             "budget_is": "free on the disk" if self.max_bytes is None else "--max-bytes",
             "tokens_per_s": None if rate is None else round(rate, 1),
@@ -116,6 +119,7 @@ class PlanStore(Stage):
             for name in (
                 "teacher", "trust_remote_code", "dtype", "max_length", "device", "corpus", "dataset", "text_column",
                 "text_pair_column", "signals", "sidecars", "rows_per_shard", "tokens_per_shard",
+                "pairs_per_shard",
             )
         }  # fmt: skip
         # The folder of no store: nothing is there, and nothing is written.
@@ -136,7 +140,7 @@ class PlanStore(Stage):
             store=plan.store,
             layout=plan.layout,
             signals=parse_signals(self.signals, teacher.num_layers),
-            widths=(teacher.num_labels, teacher.hidden_size),
+            sizes=teacher.sizes,
             new=plan.preview.sizes,
             shards=plan.preview.shards,
             fixed=fixed | {name: fixed[name] + SIDECAR_RECORD_BYTES for name in records},
@@ -159,17 +163,17 @@ class PlanStore(Stage):
         shards = tuple(range(store.catalogue().num_shards))
         if not shards:
             raise RefusedError(f"store {self.store} holds no rows yet", fix="give --teacher and --corpus")
-        num_layers, widths = _facts(store)
+        num_layers, sizes = _facts(store)
         rows = store.read_tokens(0)
         return Work(
             store=store,
             layout=store.layout,
             signals=parse_signals(self.signals, num_layers),
-            widths=widths,
+            sizes=sizes,
             new=[],
             shards=shards,
             fixed={},
-            num_rows=sum(rows for rows, _ in store.shard_sizes(shards)),
+            num_rows=sum(shard.rows for shard in store.shard_sizes(shards)),
             token_ids=rows.token_ids,
             segment_ids=rows.segment_ids,
         )
@@ -251,8 +255,8 @@ class Work:
         store: None when it is to be made.
         layout: of the store.
         signals: asked for.
-        widths: number of labels and hidden size.
-        new: (rows, tokens) of each shard to be added.
+        sizes: of the teacher.
+        new: sizes of the shards to be added.
         shards: that are there and hold rows of it.
         fixed: bytes that do not depend on the signals, by what they are for.
         num_rows: distinct rows.
@@ -262,8 +266,8 @@ class Work:
     store: TeacherStore | None
     layout: StoreLayout
     signals: tuple[Signal, ...]
-    widths: tuple[int, int]
-    new: Sequence[tuple[int, int]]
+    sizes: Sizes
+    new: Sequence[ShardSize]
     shards: tuple[int, ...]
     fixed: Mapping[str, int]
     num_rows: int
@@ -280,7 +284,7 @@ class Work:
             spec
             for signal in signals
             for spec in array_specs(
-                replace(signal, encoding=signal.encoding or first.get(signal)), self.widths[signal.layer is not None]
+                replace(signal, encoding=signal.encoding or first.get(signal)), self.sizes.shape(signal)
             )
         ]
         return place(wanted, self._declared.values())
@@ -297,10 +301,10 @@ class Work:
         if self.store is not None:
             missing = self.store.missing(specs, self.shards)
             catalogue = self.store.catalogue()
-            for (shard, arrays), (rows, tokens) in zip(missing.items(), self.store.shard_sizes(missing), strict=True):
-                lacking.append(Lacking(shard, rows, tokens, arrays))
+            for (shard, arrays), its_size in zip(missing.items(), self.store.shard_sizes(missing), strict=True):
+                lacking.append(Lacking(shard, its_size, arrays))
                 if recodable(catalogue, shard, arrays).keys() != {spec.signal for spec in arrays}:
-                    to_compute.append((rows, tokens))
+                    to_compute.append(its_size)
         parts = plan_files(
             self.layout,
             specs,
@@ -315,8 +319,8 @@ class Work:
             "signals": format_signals(dict.fromkeys(spec.encoded for spec in specs)),
             "bytes": sum(parts.values()),
             "bytes_by_part": parts,
-            "rows_to_compute": sum(rows for rows, _ in to_compute),
-            "tokens_to_compute": sum(tokens for _, tokens in to_compute),
+            "rows_to_compute": sum(shard.rows for shard in to_compute),
+            "tokens_to_compute": sum(shard.tokens for shard in to_compute),
             "error": "; ".join(ENCODINGS[name].error for name in encodings),
         }
 
@@ -363,11 +367,14 @@ def _best(work: Work, budget: int) -> dict[str, Any] | None:
         level[max(open_, key=lambda name: by_name[name])] += 1
 
 
-def _facts(store: TeacherStore) -> tuple[int, tuple[int, int]]:
-    """(number of layers, (number of labels, hidden size)) of a store's teacher."""
+def _facts(store: TeacherStore) -> tuple[int, Sizes]:
+    """(number of layers, sizes) of a store's teacher."""
     import json
+
+    from ...pipeline.store.signal import Sizes
 
     config = json.loads((store.sidecar_folder("config") / "config.json").read_bytes())
     capture = store.identity.capture
     labels = 1 if capture.get("problem_type") == "regression" else len(capture.get("label_names") or ())
-    return int(config["num_hidden_layers"]), (max(1, labels), int(config["hidden_size"]))
+    heads = int(config.get("num_attention_heads", 0))
+    return int(config["num_hidden_layers"]), Sizes(max(1, labels), int(config["hidden_size"]), heads)

@@ -88,6 +88,7 @@ def _found(files: StoreFiles, data: bytes, wanted: str, teacher: Teacher | None)
 def _candidates(files: StoreFiles, data: bytes, teacher: Teacher) -> Iterator[tuple[StoreIdentity, StoreLayout]]:
     """The teacher's identity and every layout and capture that the arrays and the remains of store.json allow."""
     from ...pipeline.store import StoreLayout
+    from ...pipeline.store.layout import PAIRS_PER_SHARD
     from ..cache_teacher.teacher import DTYPES, store_identity
 
     text = data.decode("utf-8", "replace")
@@ -112,10 +113,13 @@ def _candidates(files: StoreFiles, data: bytes, teacher: Teacher) -> Iterator[tu
         [token_dtype] if token_dtype else ["uint16", "uint32"],
         numbers("batch_tokens", *BATCH_TOKENS),
         numbers("chunk_bytes", *CHUNK_BYTES),
+        numbers("pairs_per_shard", PAIRS_PER_SHARD, 0),
     )
     lengths = numbers("max_length", 128, *range(1, min(longest, 8192) + 1))
     dtypes = sorted(DTYPES, key=lambda dtype: f'"{dtype}"' not in text)
-    for (rows, tokens, token_type, batch, chunk), length, dtype in itertools.product(list(layouts), lengths, dtypes):
+    for (rows, tokens, token_type, batch, chunk, pairs), length, dtype in itertools.product(
+        list(layouts), lengths, dtypes
+    ):
         capture: Mapping[str, Any] = {**identity.capture, "max_length": length, "dtype": dtype}
         try:
             layout = StoreLayout(
@@ -124,6 +128,7 @@ def _candidates(files: StoreFiles, data: bytes, teacher: Teacher) -> Iterator[tu
                 batch_tokens=batch,
                 token_dtype=token_type,
                 chunk_bytes=chunk,
+                pairs_per_shard=pairs,
             )
         except KdError:
             continue

@@ -80,6 +80,8 @@ def test_layers_side_by_side_are_written_as_a_range() -> None:
         ("", "empty signal name"),
         ("token_ids", "always stored"),
         ("../../etc/passwd", "unknown signal"),
+        ("attention.score@0", "layers 1 to 6"),
+        ("attention.score@0-3", "layers 1 to 6"),
     ],
 )
 def test_a_bad_list_of_signals_says_what_is_wrong(text: str, words: str) -> None:
@@ -87,9 +89,19 @@ def test_a_bad_list_of_signals_says_what_is_wrong(text: str, words: str) -> None
         parse_signals(text, 6)
 
 
+def test_all_layers_of_attention_are_the_blocks_and_embedding_is_the_lowest_hidden_state() -> None:
+    assert [str(signal) for signal in parse_signals("attention.score@all,embedding", 2)] == [
+        "attention.score@1",
+        "attention.score@2",
+        "hidden.tok@0",
+    ]
+    with pytest.raises(UsageError, match=r"numbered 1 \(the first block\) to 999"):
+        Signal("attention.qkv", 0)
+
+
 def test_every_signal_survives_its_text_and_its_path() -> None:
     for name, kind in {**SIGNALS, **INPUTS}.items():
-        for layer in (0, 6, 99, 123) if kind.per_layer else (None,):
+        for layer in (kind.first_layer, 6, 99, 123) if kind.per_layer else (None,):
             signal = Signal(name, layer)
             assert Signal.parse(str(signal)) == signal
             dtype = "uint8" if name in INPUTS else "float32"
