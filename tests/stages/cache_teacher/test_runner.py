@@ -360,7 +360,7 @@ def test_any_batching_gives_the_same_rows(lengths: list[int], budget: int) -> No
         np.testing.assert_allclose(batched[signal], one_by_one[signal], rtol=1e-4, atol=1e-5)
 
 
-def test_reductions_exist_for_every_signal_that_has_layers() -> None:
+def test_reductions_exist_for_every_hidden_state() -> None:
     from kd.pipeline.store import SIGNALS
 
-    assert set(runner_module.REDUCE) == {name for name, kind in SIGNALS.items() if kind.per_layer}
+    assert set(runner_module.REDUCE) == {name for name in SIGNALS if name.startswith("hidden.")}
