@@ -106,7 +106,7 @@ class Bench:
             rows=np.arange(arguments.rows), lengths=self.rows.tokens.lengths, batch_size=arguments.batch_size, seed=1
         )
         self.seen = self.rows.seen_tokens(np.arange(arguments.rows), VOCABULARY)
-        spec = "soft-target" if arguments.signals == "logits" else "soft-target,hidden-mse:layer_map=1-6"
+        spec = "soft-target" if arguments.signals == "logits" else "soft-target,fitnets:layer_map=1-6"
         self.terms = parse_methods(spec)
         self.shapes = Shapes(
             task="single-label",

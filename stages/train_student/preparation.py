@@ -22,7 +22,7 @@ from ..corpus.corpus import Corpus, load_corpus
 from ..corpus.schema import CorpusInfo
 from ..corpus.source import DatasetSource
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
-from .methods import Shapes, Term, parse_methods
+from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
 from .methods.hard import Hard
 from .students import Start, Student, Task, TeacherFacts, parse_start, parse_student
 
@@ -155,6 +155,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         raise UsageError(f"student {stage.student!r} overflows in float16", fix="use --bf16, or neither")
     student.check(start, teacher, task)
     token_widths, sentence_widths = student.widths(start, teacher, task)
+    heads, attention_width = student.attention(start, teacher)
     shapes = Shapes(
         task=task.kind,
         num_labels=len(task.label_names),
@@ -162,8 +163,12 @@ def prepare(stage: TrainStudent) -> Preparation:
         sentence_widths=sentence_widths,
         teacher_layers=teacher.num_layers,
         teacher_width=teacher.hidden_size,
+        student_heads=heads,
+        attention_width=attention_width,
+        teacher_heads=teacher.num_heads,
     )
-    needed = [signal for term in wanted for signal in term.method.signals(shapes)]
+    reads_tokens = student.reads_teacher_tokens(teacher)
+    needed = _needed(wanted, shapes, stage.student, reads_tokens)
     terms = (Term(1.0, Hard()),) if stage.baseline else wanted
     prepared = Preparation(
         stage=stage,
@@ -177,7 +182,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         shapes=shapes,
         eval_corpus=_eval_corpus(stage, corpora[0].info, task),
     )
-    _check_tokens(prepared, needed)
+    _check_tokens(prepared, needed, reads_tokens)
     _check_coverage(prepared)
     _check_gold(prepared)
     _check_selection(prepared)
@@ -257,17 +262,30 @@ def _eval_corpus(stage: TrainStudent, info: CorpusInfo, task: Task) -> Corpus | 
     return corpus
 
 
-def _check_tokens(prepared: Preparation, needed: Sequence[Signal]) -> None:
+def _needed(terms: Sequence[Term], shapes: Shapes, student: str, reads_tokens: bool) -> list[Signal]:
+    """Signals of all methods; what does not fit the two models is refused with the methods that do."""
+    try:
+        return [signal for term in terms for signal in term.method.signals(shapes)]
+    except Unfit as error:
+        fitting = ", ".join(fitting_methods(shapes, reads_teacher_tokens=reads_tokens))
+        raise Unfit(
+            error.what, details=[*error.details, f"fit student {student!r} as they are: {fitting}"], fix=error.fix
+        ) from None
+
+
+def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens: bool) -> None:
     """Token signals need a student that reads the teacher's tokens; several stores need one tokenizer and one shape."""
-    student, teacher = prepared.student, prepared.teacher
-    reads_tokens = student.reads_teacher_tokens(teacher)
-    of_tokens = [str(signal) for signal in needed if signal.kind.axis == "token"]
+    teacher = prepared.teacher
+    of_tokens = [str(signal) for signal in needed if signal.kind.axis != "example"]
     if of_tokens and not reads_tokens:
         raise RefusedError(
             f"signals of every token ({', '.join(of_tokens)}) need a student that reads the teacher's tokens, and "
             f"{prepared.stage.student!r} has its own",
-            details=["fits any tokenizer: logits, hidden.cls, hidden.mean"],
-            fix="hidden-mse:at=cls or at=mean, or a student with the teacher's tokenizer",
+            details=[
+                "fit any tokenizer: " + ", ".join(fitting_methods(prepared.shapes, reads_teacher_tokens=False)),
+                "and methods with at=cls or at=mean, which read sentence vectors",
+            ],
+            fix="one of those, or a student with the teacher's tokenizer",
         )
     for view in prepared.views[1:]:
         if reads_tokens and view.store.identity.tokenizer != teacher.store.identity.tokenizer:

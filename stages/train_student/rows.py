@@ -196,6 +196,12 @@ class Rows:
             found[str(signal)] = torch.from_numpy(values)
         return found
 
+    def sentence_signals(self, index: np.ndarray) -> Mapping[str, torch.Tensor]:
+        """Those signals of any rows that have one entry per row, as in `batch`."""
+        assert self.stored is not None
+        wanted = [signal for signal in self.signals if signal.kind.axis == "example"]
+        return {str(signal): torch.from_numpy(self.stored.gather(signal, index)) for signal in wanted}
+
     def seen_tokens(self, index: np.ndarray, vocab_size: int, *, rows_at_once: int = 4096) -> np.ndarray:
         """Ids that occur in the rows `index`, rising."""
         seen = np.zeros(vocab_size, bool)

@@ -5,6 +5,8 @@ Dimension key: B rows of a batch, T padded length, N rows, C classes or labels.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
+from .attention_watch import AttentionWatch, watch_attention
 from .loader import BatchLoader, gather_ahead
 from .methods.base import Shapes, Targets, Term
+from .negatives import NegativeRows
 from .order import BatchOrder
 from .rows import Batch, Rows
 from .students.base import Student
@@ -34,6 +38,9 @@ class Distillation(nn.Module):
         family: knows which of its outputs methods may watch.
         terms: methods and their weights.
         shapes: of both models.
+
+    Attributes:
+        seed, epoch: of the run and the step, set by the trainer: what methods draw from.
     """
 
     # Otherwise the Trainer takes the loss for a sum over tokens and does not divide it by the accumulated passes.
@@ -44,7 +51,15 @@ class Distillation(nn.Module):
         self.student = student
         self.projections = nn.ModuleList(term.method.projections(shapes) for term in terms)
         self._family, self._terms, self._shapes = family, tuple(terms), shapes
-        self._watches = any(name != "logits" for term in terms for name in term.method.reads(shapes))
+        reads = {name.partition("@")[0] for term in terms for name in term.method.reads(shapes)}
+        self._hidden = {"output_hidden_states": True} if reads & {"token", "sentence", "mean"} else {}
+        self._attention: AttentionWatch | None = None
+        if reads & {"score", "qkv"}:
+            self._attention = watch_attention(
+                student, heads=shapes.student_heads, width=shapes.attention_width, described=family.name
+            )
+        self.num_negatives = max((term.method.num_negatives(shapes) for term in terms), default=0)
+        self.seed, self.epoch = 0, 0
 
     def forward(
         self,
@@ -52,12 +67,15 @@ class Distillation(nn.Module):
         labels: Tensor,
         has_gold: Tensor,
         signals: Mapping[str, Tensor] | None = None,
+        negatives: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """`loss` (scalar, weighted sum) and `terms` (scalars by name, each without its weight), for one batch."""
-        extra = {"output_hidden_states": True} if self._watches else {}
-        output = self.student(**inputs, **extra)
+        with self._attention or contextlib.nullcontext():
+            output = self.student(**inputs, **self._hidden)
         outputs = self._family.watch(output, inputs["attention_mask"].bool())
-        targets = Targets(signals or {}, labels, has_gold)
+        if self._attention is not None:
+            outputs = dataclasses.replace(outputs, heads=self._attention.heads())
+        targets = Targets(signals or {}, labels, has_gold, negatives or {}, self.seed, self.epoch)
         terms: dict[str, Tensor] = {}
         loss = outputs.logits_BC.new_zeros((), dtype=torch.float32)
         for number, (term, projections) in enumerate(zip(self._terms, self.projections, strict=True)):
@@ -99,6 +117,9 @@ class StudentTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._num_summed = 0
         self._side_group: Any = None
+        distillation = self._distillation
+        distillation.seed = order.seed
+        self._negatives = NegativeRows(rows, order, distillation.num_negatives) if distillation.num_negatives else None
         if order.rank:
             # Rows of different ranks are dropped out differently; rank 0 draws what a process alone would.
             set_seed(self.args.seed + order.rank)
@@ -115,6 +136,9 @@ class StudentTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted loss of a batch; its terms are kept for the log."""
+        self._distillation.epoch = self.state.global_step // self.loader.order.steps_per_epoch
+        if self._negatives is not None:
+            inputs = {**inputs, "negatives": self._negatives.drawn(self.state.global_step, self.args.device)}
         outputs = model(**inputs)
         for name, value in outputs["terms"].items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -199,9 +223,13 @@ class StudentTrainer(Trainer):
     @property
     def student(self) -> PreTrainedModel:
         """The model that is trained, out of whatever wraps it."""
+        return self._distillation.student
+
+    @property
+    def _distillation(self) -> Distillation:
         distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         assert isinstance(distillation, Distillation)
-        return distillation.student
+        return distillation
 
 
 def predict_logits(

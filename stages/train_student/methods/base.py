@@ -9,12 +9,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
+from ..losses.reduce import wide
 from ..registry import Registry, join_options, split_options
 
 
@@ -29,6 +31,9 @@ class Shapes:
         sentence_widths: the student's D of sentence vectors, layer 0 first.
         teacher_layers: L of the teacher.
         teacher_width: D of the teacher's hidden states.
+        student_heads: H of the student's attention; 0 where it has none to watch.
+        attention_width: D of the student's queries, keys and values, all heads together.
+        teacher_heads: H of the teacher's attention; its queries, keys and values are as wide as its hidden states.
     """
 
     task: str
@@ -37,11 +42,23 @@ class Shapes:
     sentence_widths: tuple[int, ...]
     teacher_layers: int
     teacher_width: int
+    student_heads: int = 0
+    attention_width: int = 0
+    teacher_heads: int = 0
 
     @property
     def student_layers(self) -> int:
         """L of the student."""
         return len(self.token_widths) - 1
+
+
+class Heads(NamedTuple):
+    """What one block's attention works on: queries, keys and values [B, H, T, D / H], and what scores are scaled by."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,15 @@ class StudentOutputs:
         mask_BT: bool, True at true tokens.
         token_states: [B, T, D] per layer, layer 0 first; empty when no method reads them.
         sentence_vector: the student's own summary [B, D] of a layer: [CLS], or what a BiLSTM pools.
+        heads: what the attention of a block works on, by layer (1..L), before any dropout; empty when no method reads
+            it.
     """
 
     logits_BC: Tensor
     mask_BT: Tensor
     token_states: tuple[Tensor, ...] = ()
     sentence_vector: Callable[[int], Tensor] | None = None
+    heads: Mapping[int, Heads] = dataclasses.field(default_factory=dict)
 
     def token(self, layer: int) -> Tensor:
         """[B, T, D] states of a layer; garbage where `mask_BT` is False."""
@@ -74,23 +94,48 @@ class StudentOutputs:
         states_BTD = self.token_states[layer].masked_fill(~self.mask_BT[..., None], 0.0)
         return states_BTD.sum(1) / self.mask_BT.sum(1, keepdim=True).clamp(min=1)
 
+    def sentence_or_mean(self, at: str, layer: int) -> Tensor:
+        """[B, D] of a layer: the sentence vector for "cls", the mean over true tokens for "mean"."""
+        return self.sentence(layer) if at == "cls" else self.mean(layer)
+
+    def score(self, layer: int) -> Tensor:
+        """[B, H, T, T] attention scores of a block: scaled, unmasked, before any softmax; garbage at padding."""
+        heads = self.heads[layer]
+        with torch.autocast(heads.query.device.type, enabled=False):
+            return wide(heads.query) @ wide(heads.key).transpose(2, 3) * heads.scaling
+
+    def qkv(self, layer: int) -> Tensor:
+        """[B, T, 3, D] queries, keys and values of a block, head after head; garbage at padding."""
+        heads = self.heads[layer]
+        return torch.stack([part.transpose(1, 2).flatten(2) for part in heads[:3]], dim=2)
+
 
 @dataclass(frozen=True)
 class Targets:
     """What the student of one batch is held against; row b belongs to row b of the student's outputs.
 
     Attributes:
-        signals: teacher tensors by `str(signal)`: logits [B, C], sentence vectors [B, D], token states [B, T, D].
+        signals: teacher tensors by `str(signal)`: logits [B, C], sentence vectors [B, D], token states [B, T, D],
+            attention scores [B, H, T, T], queries, keys and values [B, T, 3, D].
         labels: int64 [B], float32 [B] or float32 [B, C] by task; anything where there is no gold.
         has_gold_B: bool, whether `labels` holds a gold label.
+        negatives: the signals of K other rows, drawn for this step, where a method asks for them.
+        seed, epoch: what a method's draws come from, so that they are the same on all ranks and after a resume.
     """
 
     signals: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     labels: Tensor | None = None
     has_gold_B: Tensor | None = None
+    negatives: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    epoch: int = 0
 
     def __getitem__(self, signal: Signal) -> Tensor:
         return self.signals[str(signal)]
+
+
+class Unfit(UsageError):
+    """A method cannot be used on these two models."""
 
 
 class Method(ABC):
@@ -105,12 +150,17 @@ class Method(ABC):
         """Teacher signals the loss needs from the store.
 
         Raises:
-            UsageError: the options do not fit the two models.
+            UsageError: the options name what the two models do not have.
+            Unfit: the method, with these options, is not for these two models.
         """
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        """Student outputs the loss reads: "logits", or "token@1", "sentence@2", "mean@1"."""
+        """Student outputs the loss reads: "logits", or "token@1", "sentence@2", "mean@1", "score@2", "qkv@2"."""
         return ("logits",)
+
+    def num_negatives(self, shapes: Shapes) -> int:
+        """Rows besides the batch whose signals the loss compares with, drawn anew for every step."""
+        return 0
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
         """Modules trained with the student and dropped from its export."""
@@ -124,6 +174,23 @@ class Method(ABC):
 
 
 methods: Registry[Method] = Registry("method")
+
+
+def fitting_methods(shapes: Shapes, *, reads_teacher_tokens: bool = True) -> tuple[str, ...]:
+    """Names of the methods that two models can be used with, options at their defaults.
+
+    Args:
+        reads_teacher_tokens: whether the student reads the teacher's tokens, as every signal of tokens asks.
+    """
+    fitting = []
+    for name in methods:
+        try:
+            signals = methods.make(name, {}).signals(shapes)
+        except UsageError:
+            continue
+        if reads_teacher_tokens or all(signal.kind.axis == "example" for signal in signals):
+            fitting.append(name)
+    return tuple(fitting)
 
 
 @dataclass(frozen=True)
@@ -177,42 +244,3 @@ def _parse_one(text: str) -> Term:
             f"the weight {weight:g} in {text!r} is not a number above 0", fix="leave the method out instead"
         )
     return Term(weight, method)
-
-
-def layer_pairs(text: str, shapes: Shapes, *, with_last: bool, where: str) -> tuple[tuple[int, int], ...]:
-    """Pairs (student layer, teacher layer) from `skip`, `last` or `1-2+2-4` (student-teacher).
-
-    `skip` spreads the student's blocks evenly, g(m) = m L_T / L_S rounded; `last` takes the teacher's top blocks,
-    g(m) = L_T - L_S + m (Sun et al., arXiv 1908.09355, section 3.2). Explicit pairs may name layer 0.
-
-    Args:
-        with_last: whether `skip` and `last` include the student's last block.
-        where: the option, for messages.
-
-    Raises:
-        UsageError: not of that form, or a layer that a model does not have.
-    """
-    num_student, num_teacher = shapes.student_layers, shapes.teacher_layers
-    top = num_student if with_last else num_student - 1
-    if text == "skip":
-        return tuple((m, max(1, int(m * num_teacher / num_student + 0.5))) for m in range(1, top + 1))
-    if text == "last":
-        if num_student > num_teacher:
-            raise UsageError(
-                f"{where} is 'last', and the student has more layers ({num_student}) than the teacher ({num_teacher})",
-                fix="use skip, or name pairs: 1-2+2-4 (student-teacher)",
-            )
-        return tuple((m, num_teacher - num_student + m) for m in range(1, top + 1))
-    pairs = []
-    for piece in text.split("+"):
-        student, _, teacher = piece.partition("-")
-        if not (student.isdecimal() and teacher.isdecimal()):
-            raise UsageError(f"{where} is {text!r}; expected skip, last or pairs student-teacher like 1-2+2-4")
-        pairs.append((int(student), int(teacher)))
-    for side, layers, num in (
-        ("student", [pair[0] for pair in pairs], num_student),
-        ("teacher", [pair[1] for pair in pairs], num_teacher),
-    ):
-        if max(layers) > num:
-            raise UsageError(f"{where} names layer {max(layers)} of the {side}, which has layers 0 to {num}")
-    return tuple(pairs)

@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
-from .base import Method, Shapes, StudentOutputs, Targets, layer_pairs, methods
+from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
+from .fit import one_width, project
+from .layer_maps import layer_pairs
 
 
 @methods.register("pkd")
@@ -22,27 +23,27 @@ class Pkd(Method):
     blocks m = 1..M-1: the last one is supervised through logits. W is one linear map shared by all layers, and only
     there when widths differ. A BiLSTM's "[CLS]" is what it pools from a layer.
 
-    `layers`: `skip` (every L_T / L_S-th teacher block), `last` (the top ones) or pairs `1-4+2-8` (student-teacher).
-    `reduction`: `sum` as above; `official` divides by the number of layers and the width, as the published code does,
+    `layer_map`: `skip` (every L / M-th teacher block), `last` (the top ones) or pairs `1-4+2-8` (student-teacher).
+    `reduction`: `kd` as above; `official` divides by the number of layers and the width, as the published code does,
     so its weights (10 to 1000) can be used.
 
     Signals: `hidden.cls` at g(m). Student outputs: sentence vectors at m. Projections: `linear`, if widths differ.
     """
 
     source = "Sun et al., Patient Knowledge Distillation for BERT Model Compression, arXiv 1908.09355"
-    layers: str = "skip"
+    layer_map: str = "skip"
     normalize: bool = True
-    reduction: Literal["sum", "official"] = "sum"
+    reduction: Literal["kd", "official"] = "kd"
 
     def _pairs(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
-        pairs = layer_pairs(self.layers, shapes, with_last=False, where="option 'layers' of method 'pkd'")
+        pairs = layer_pairs(self.layer_map, shapes, with_last=False, where="option 'layer_map' of method 'pkd'")
         if not pairs:
-            raise UsageError(
-                f"method 'pkd' with layers={self.layers} leaves out the student's last layer, and it has no other",
-                fix=f"use a deeper student, or name a pair: pkd:layers=1-{shapes.teacher_layers} (student-teacher)",
+            raise Unfit(
+                f"method 'pkd' with layer_map={self.layer_map} leaves out the student's last layer, "
+                "and it has no other",
+                fix=f"use a deeper student, or name a pair: pkd:layer_map=1-{shapes.teacher_layers} (student-teacher)",
             )
-        if len({shapes.sentence_widths[student] for student, _ in pairs}) > 1:
-            raise UsageError("method 'pkd' shares one projection, and the student layers it names differ in width")
+        one_width((shapes.sentence_widths[student] for student, _ in pairs), "pkd")
         return pairs
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
@@ -61,14 +62,13 @@ class Pkd(Method):
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         pairs = self._pairs(shapes)
-        project = projections["linear"] if "linear" in projections else nn.Identity()
         terms = {}
         for student_layer, teacher_layer in pairs:
             distance = losses.vector_distance(
-                project(student.sentence(student_layer)),
+                project(projections, "linear", student.sentence(student_layer)),
                 targets[Signal("hidden.cls", teacher_layer)],
                 normalize=self.normalize,
-                reduction="sum" if self.reduction == "sum" else "mean",
+                reduction="sum" if self.reduction == "kd" else "mean",
             )
             if self.reduction == "official":
                 distance = distance / len(pairs)

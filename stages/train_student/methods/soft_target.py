@@ -19,14 +19,18 @@ LOGITS = Signal("logits")
 class SoftTarget(Method):
     """KL from the teacher's to the student's softened distribution, times temperature squared.
 
-    L = T^2 * mean_b KL(softmax(z_teacher / T) || softmax(z_student / T)). Multi-label: the same for each label's
+    L = T^2 mean_b KL(softmax(z_teacher / T) || softmax(z_student / T)). Multi-label: the same for each label's
     Bernoulli, mean over labels. Regression has no distribution: mean squared error of the scores, whatever T.
+
+    `squared=false` leaves T^2 out, as some codes do: the gradient then falls with T^2 and the weight has to make up
+    for it.
 
     Signals: `logits`. Student outputs: `logits`. Projections: none.
     """
 
     source = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
     temperature: float = 2.0
+    squared: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -41,4 +45,5 @@ class SoftTarget(Method):
         if shapes.task == "regression":
             return {"soft-target": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction="mean_all")}
         distance = losses.bernoulli_kl if shapes.task == "multi-label" else losses.soft_target_kl
-        return {"soft-target": distance(student.logits_BC, targets[LOGITS], temperature=self.temperature)}
+        value = distance(student.logits_BC, targets[LOGITS], temperature=self.temperature)
+        return {"soft-target": value if self.squared else value / self.temperature**2}

@@ -114,6 +114,11 @@ class TeacherFacts:
         return int(self.config["hidden_size"])
 
     @property
+    def num_heads(self) -> int:
+        """Heads of its attention; 0 where its config does not say."""
+        return int(self.config.get("num_attention_heads") or 0)
+
+    @property
     def vocab_size(self) -> int:
         return int(self.config["vocab_size"])
 
@@ -221,6 +226,10 @@ class Student(ABC):
     @abstractmethod
     def widths(self, start: Start, teacher: TeacherFacts, task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Widths of token states and of sentence vectors, for layers 0 (embeddings) to L."""
+
+    def attention(self, start: Start, teacher: TeacherFacts) -> tuple[int, int]:
+        """Heads of its attention, and the width of its queries, keys and values; (0, 0) where it has none."""
+        return 0, 0
 
     def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
         """The student's tokenizer; `texts` gives the training texts when it has to be learned."""

@@ -96,6 +96,9 @@ class Bert(Student):
         widths = (self._width(teacher),) * (self._num_layers(start) + 1)
         return widths, widths
 
+    def attention(self, start: Start, teacher: TeacherFacts) -> tuple[int, int]:
+        return self._heads(start, teacher), self._width(teacher)
+
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
         from transformers import BertConfig, BertForSequenceClassification
 

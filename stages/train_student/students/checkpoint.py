@@ -96,6 +96,11 @@ class Checkpoint(Student):
         widths = (int(config.hidden_size),) * (int(config.num_hidden_layers) + 1)
         return widths, widths
 
+    def attention(self, start: Start, teacher: TeacherFacts) -> tuple[int, int]:
+        heads = int(getattr(self.config, "num_attention_heads", None) or 0)
+        bottleneck = self.config.model_type == "mobilebert"
+        return heads, int(self.config.true_hidden_size if bottleneck else self.config.hidden_size) if heads else 0
+
     def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
         return self.tokenizer
 

@@ -73,6 +73,9 @@ class MobileBert(Student):
         widths = (self.hidden_size or teacher.hidden_size,) * (self.num_layers + 1)
         return widths, widths
 
+    def attention(self, start: Start, teacher: TeacherFacts) -> tuple[int, int]:
+        return self.heads, self.bottleneck_size
+
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
         from transformers import MobileBertConfig, MobileBertForSequenceClassification
 

@@ -20,7 +20,7 @@ def losses(view: Any, output: Path) -> list[float]:
         TrainStudent(
             view=(str(view.path),),
             student="bilstm:hidden_size=6:head_size=8",
-            method=("soft-target:0.5:temperature=2", "hidden-mse:0.5:layer_map=1-1", "pkd:0.5:layers=1-2"),
+            method=("soft-target:0.5:temperature=2", "fitnets:0.5:layer_map=1-1", "pkd:0.5:layer_map=1-2"),
             init="random",
             output_dir=str(output),
             per_device_train_batch_size=8,

@@ -78,7 +78,7 @@ def test_token_mse_golden_numbers() -> None:
     for row, length in ((0, 3), (1, 2)):
         teacher[row, :length] = grid((length, 4), 0.1 + 0.1 * row)
         student[row, :length] = grid((length, 4), 1.1 + 0.1 * row)
-    pooled = losses.token_mse(student, teacher, mask, reduction="token")
+    pooled = losses.token_mse(student, teacher, mask, pooling="token")
     assert pooled.item() == pytest.approx(0.4319803533, abs=1e-9)
     per_row = [losses.token_mse(student[i : i + 1], teacher[i : i + 1], mask[i : i + 1]) for i in (0, 1)]
     half_sums = sum(value.item() * length * 4 / 2 for value, length in zip(per_row, (3, 2), strict=True)) / 2
@@ -169,15 +169,15 @@ def test_rolling_the_teacher_by_one_example_raises_the_loss(name: str) -> None:
     assert loss(student, student.roll(1, 0)).item() > 1e-3
 
 
-@pytest.mark.parametrize("reduction", ["example", "token"])
-def test_padding_changes_nothing_and_gets_no_gradient(reduction: str) -> None:
+@pytest.mark.parametrize("pooling", ["kd", "token"])
+def test_padding_changes_nothing_and_gets_no_gradient(pooling: losses.Pooling) -> None:
     student, teacher = grid((2, 3, 4), 0.4), grid((2, 3, 4), 1.7)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    loss = losses.token_mse(student, teacher, mask, reduction=reduction)  # type: ignore[arg-type]
+    loss = losses.token_mse(student, teacher, mask, pooling=pooling)
     garbage = torch.full((2, 5, 4), float("nan"), dtype=torch.float64)
     long_student = torch.cat([student, garbage], 1).requires_grad_()
     long_mask = torch.cat([mask, torch.zeros(2, 5, dtype=torch.bool)], 1)
-    padded = losses.token_mse(long_student, torch.cat([teacher, garbage], 1), long_mask, reduction=reduction)  # type: ignore[arg-type]
+    padded = losses.token_mse(long_student, torch.cat([teacher, garbage], 1), long_mask, pooling=pooling)
     assert padded.item() == pytest.approx(loss.item(), abs=1e-12)
     padded.backward()
     assert long_student.grad is not None

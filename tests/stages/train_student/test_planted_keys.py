@@ -24,7 +24,7 @@ from kd.stages.train_student import TrainStudent
 from kd.stages.train_student.rows import StoreRows
 
 SMALL = "bilstm:hidden_size=6:head_size=8:dropout=0"
-METHODS = ("soft-target", "hidden-mse:layer_map=1-2", "hard:0.3")
+METHODS = ("soft-target", "fitnets:layer_map=1-2", "hard:0.3")
 LABELS = ("negative", "neutral", "positive")
 Views = Sequence[Any]
 
@@ -131,7 +131,7 @@ def test_signals_of_every_token_of_rows_that_were_cut(
     made = plant(texts, [LABELS[i % 3] for i in range(64)])
     lengths = [len(ids) for ids in made.token_ids]
     assert lengths.count(64) > 10 and min(lengths) < 20
-    rows, _ = watched([made], init="random", method=("hidden-mse:layer_map=1-1+1-2", "logit-mse"))
+    rows, _ = watched([made], init="random", method=("fitnets:layer_map=1-1+1-2", "logit-mse"))
     assert rows.signals == {"logits", "hidden.tok@1", "hidden.tok@2"} and set(chain(*rows.passes)) == set(range(64))
 
 
@@ -141,7 +141,7 @@ def test_students_with_a_vocabulary_of_their_own(overlapping: tuple[Any, Any], w
         watcher={"reads_teacher_tokens": False},
         student=f"{SMALL}:units=words",
         init="random",
-        method=("soft-target", "hidden-mse:at=cls:layer_map=1-2", "hard:0.3"),
+        method=("soft-target", "fitnets:at=cls:layer_map=1-2", "hard:0.3"),
     )
     assert rows.signals == {"logits", "hidden.cls@2"}
 

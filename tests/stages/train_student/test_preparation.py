@@ -37,8 +37,8 @@ def test_missing_signals_are_named_with_the_command_that_adds_them(
         signals="logits,hidden.cls@2",
         sidecars={"embeddings": {"word_embeddings.weight": np.ones((200, 32), np.float32)}},
     )
-    text = refusal(bare, method="soft-target,hidden-mse:layer_map=1-2", init="random")
-    assert "method 'hidden-mse' needs signals" in text
+    text = refusal(bare, method="soft-target,fitnets:layer_map=1-2", init="random")
+    assert "method 'fitnets' needs signals" in text
     assert "hidden.tok@2: 20 of 20 rows lack it" in text
     assert "held: logits:float32, hidden.cls@2:float16" in text
     assert "kd cache-teacher" in text and "--signals logits:float32,hidden.cls@2:float16,hidden.tok@2" in text
@@ -53,10 +53,10 @@ def test_missing_signals_are_named_with_the_command_that_adds_them(
         ({"student": "bilsmt"}, "did you mean 'bilstm'?"),
         ({"init": "embedings"}, "did you mean 'embeddings'?"),
         ({"student": "bert", "init": "layers:9"}, "the teacher has layers 1 to 2"),
-        ({"method": "hidden-mse:layer_map=1-3"}, "layer 3 of the teacher"),
-        ({"method": "hidden-mse:layer_map=2-2"}, "layer 2 of the student"),
+        ({"method": "fitnets:layer_map=1-3"}, "layer 3 of the teacher"),
+        ({"method": "fitnets:layer_map=2-2"}, "layer 2 of the student"),
         ({"method": "pkd"}, "and it has no other"),
-        ({"student": "bilstm:units=words", "method": "hidden-mse"}, "need a student that reads the teacher's tokens"),
+        ({"student": "bilstm:units=words", "method": "fitnets"}, "need a student that reads the teacher's tokens"),
         ({"student": "mobilebert", "fp16": True}, "overflows in float16"),
         ({"early_stopping_patience": 2}, "needs rows to evaluate on"),
         ({"metric_for_best_model": "acuracy", "validation_fraction": 0.3}, "did you mean 'accuracy'?"),
@@ -163,7 +163,7 @@ def test_the_metric_that_picks_is_gold_where_there_is_gold(
 
 
 def test_a_student_with_its_own_tokenizer_is_recognised(view: Any, tiny_teacher: Path, tmp_path: Path) -> None:
-    same = stage(view, student=str(tiny_teacher), method="hidden-mse:layer_map=1-1").prepared
+    same = stage(view, student=str(tiny_teacher), method="fitnets:layer_map=1-1").prepared
     assert same.student.reads_teacher_tokens(same.teacher)
     from transformers import AutoTokenizer
 
@@ -176,4 +176,4 @@ def test_a_student_with_its_own_tokenizer_is_recognised(view: Any, tiny_teacher:
     tokenizer.save_pretrained(changed)
     other = stage(view, student=str(changed), method="soft-target").prepared
     assert not other.student.reads_teacher_tokens(other.teacher)
-    assert "reads the teacher's tokens" in refusal(view, student=str(changed), method="hidden-mse:layer_map=1-1")
+    assert "reads the teacher's tokens" in refusal(view, student=str(changed), method="fitnets:layer_map=1-1")

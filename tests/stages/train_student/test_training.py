@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(view: Any, t
 
 
 FULL = {
-    "method": ("soft-target", "hidden-mse:0.1:layer_map=1-2", "hard:0.2"),
+    "method": ("soft-target", "fitnets:0.1:layer_map=1-2", "hard:0.2"),
     "gradient_accumulation_steps": 2,
     "per_device_train_batch_size": 4,
     "num_train_epochs": 2.0,
@@ -391,7 +391,7 @@ def test_several_views_train_together(
     other = plant(sentences[130:170], ["positive"] * 40, teacher="two")
     run = tmp_path / "run"
     paths = (str(view.path), str(other.path))
-    method = ("soft-target", "hidden-mse:layer_map=1-1")
+    method = ("soft-target", "fitnets:layer_map=1-1")
     summary = dict(execute(dataclasses.replace(stage(view, run, method=method), view=paths), StageContext()).summary)
     assert summary["rows"] == 160 and summary["rows_with_gold"] == 130 and summary["steps"] == 20
     assert len(json.loads((run / "manifest.json").read_text())["content"]["view"]) == 2
@@ -400,12 +400,12 @@ def test_several_views_train_together(
 @pytest.mark.parametrize(
     ("student", "method", "init"),
     [
-        ("bilstm:hidden_size=6:units=words", "logit-mse,hidden-mse:at=mean:layer_map=1-2", None),
+        ("bilstm:hidden_size=6:units=words", "logit-mse,fitnets:at=mean:layer_map=1-2", None),
         ("bilstm:hidden_size=6:num_layers=2", "soft-target,pkd:0.1", "random"),
         ("bilstm:hidden_size=6:static=true", "soft-target", "embeddings"),
-        ("bert", "soft-target,pkd:0.1,hidden-mse:0.1:layer_map=last", "layers:1+2"),
-        ("bert:hidden_size=16:heads=2:num_layers=2", "pkd:layers=1-2,logit-mse", None),
-        ("mobilebert:num_layers=2:bottleneck_size=16:embedding_size=16", "soft-target,hidden-mse:layer_map=2-2", None),
+        ("bert", "soft-target,pkd:0.1,fitnets:0.1:layer_map=last", "layers:1+2"),
+        ("bert:hidden_size=16:heads=2:num_layers=2", "pkd:layer_map=1-2,logit-mse", None),
+        ("mobilebert:num_layers=2:bottleneck_size=16:embedding_size=16", "soft-target,fitnets:layer_map=2-2", None),
     ],
 )
 def test_every_student_trains_and_opens_again(
@@ -425,7 +425,7 @@ def test_every_student_trains_and_opens_again(
 
 def test_a_checkpoint_is_a_student_too(view: Any, tiny_teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(view, run, student=str(tiny_teacher), method=("soft-target", "hidden-mse:0.1"))
+    train(view, run, student=str(tiny_teacher), method=("soft-target", "fitnets:0.1"))
     assert metrics_of(run)["start"] == {"tensors_made_anew": []}
     again = train(view, tmp_path / "again", student=str(run))
     assert again["init"] == "checkpoint"
@@ -435,9 +435,7 @@ def test_a_checkpoint_is_a_student_too(view: Any, tiny_teacher: Path, tmp_path: 
 def test_pairs(plant: Callable[..., Any], sentences: list[str], tmp_path: Path, student: str) -> None:
     pairs = plant(sentences[:48], ["positive", "negative"] * 24, second=sentences[50:98])
     run = tmp_path / "run"
-    train(
-        pairs, run, student=student, init="random", method=("soft-target", "hidden-mse:0.1:layer_map=1-2", "hard:0.1")
-    )
+    train(pairs, run, student=student, init="random", method=("soft-target", "fitnets:0.1:layer_map=1-2", "hard:0.1"))
     loaded = kd.load_student(run)
     there, back = loaded(["the cat"], ["a dog"]), loaded(["a dog"], ["the cat"])
     assert there.shape == (1, 3) and not np.allclose(there, back)
@@ -491,5 +489,5 @@ def test_an_interrupted_run_of_other_settings_is_not_continued(
 
 def test_bfloat16_autocast_trains_and_exports_float32(view: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(view, run, bf16=True, method=("soft-target", "hidden-mse:0.1:layer_map=1-2"))
+    train(view, run, bf16=True, method=("soft-target", "fitnets:0.1:layer_map=1-2"))
     assert all(value.dtype == torch.float32 for value in load_file(run / "model.safetensors").values())

@@ -19,7 +19,7 @@ from kd.pipeline.store import Signal, open_view
 from kd.stages.train_student.rows import Rows
 from kd.stages.train_student.trainer import Distillation
 
-METHODS = "soft-target,pkd:0.1:layers=1-1"
+METHODS = "soft-target,pkd:0.1:layer_map=1-1"
 
 
 @dataclass(frozen=True)

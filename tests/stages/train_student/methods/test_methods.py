@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from kd.pipeline.errors import UsageError
-from kd.stages.train_student.methods import Shapes, StudentOutputs, Targets, layer_pairs, methods, parse_methods
+from kd.pipeline.store.signal import SIGNALS
+from kd.stages.train_student.methods import (
+    Shapes,
+    StudentOutputs,
+    Targets,
+    Unfit,
+    fitting_methods,
+    layer_groups,
+    layer_pairs,
+    methods,
+    parse_methods,
+)
 
 
 def shapes(**changes: object) -> Shapes:
@@ -30,11 +41,11 @@ def test_weights_and_options_are_read_from_text() -> None:
     terms = parse_methods("soft-target:0.9:temperature=4, hard:0.1")
     assert [str(term) for term in terms] == ["soft-target:0.9:temperature=4", "hard:0.1"]
     assert parse_methods(["soft-target:0.9:temperature=4", "hard:0.1"]) == terms
-    assert str(parse_methods("hidden-mse:layer-map=1-2+2-4")[0]) == "hidden-mse:1:layer_map=1-2+2-4"
+    assert str(parse_methods("fitnets:layer-map=1-2+2-4")[0]) == "fitnets:1:layer_map=1-2+2-4"
 
 
 @pytest.mark.parametrize(
-    "spec", ["soft-target", "pkd:0.1:layers=last:normalize=false", "logit-mse:2.5:reduction=mean_all", "hard"]
+    "spec", ["soft-target", "pkd:0.1:layer_map=last:normalize=false", "logit-mse:2.5:reduction=mean_all", "hard"]
 )
 def test_the_written_form_of_a_method_reads_back_as_itself(spec: str) -> None:
     terms = parse_methods(spec)
@@ -45,7 +56,7 @@ def test_the_written_form_of_a_method_reads_back_as_itself(spec: str) -> None:
     ("spec", "words"),
     [
         ("soft-targets", "did you mean 'soft-target'?"),
-        ("nonsense", "known: hard, hidden-mse, logit-mse, pkd, soft-target"),
+        ("nonsense", "unknown method 'nonsense'"),
         ("soft-target:temprature=4", "did you mean 'temperature'?"),
         ("hard:temperature=4", "'hard' has none"),
         ("soft-target:temperature=hot", "expected a number"),
@@ -71,7 +82,7 @@ def test_a_malformed_method_is_refused_with_help(spec: str, words: str) -> None:
 
 
 def test_the_same_method_may_be_used_twice_with_other_options() -> None:
-    assert len(parse_methods("hidden-mse:layer_map=1-2,hidden-mse:layer_map=2-4:at=cls")) == 2
+    assert len(parse_methods("fitnets:layer_map=1-2,fitnets:layer_map=2-4:at=cls")) == 2
 
 
 @pytest.mark.parametrize(
@@ -97,9 +108,9 @@ def test_the_maps_of_the_pkd_paper() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("all", "expected skip, last or pairs"),
-        ("1-2+", "expected skip, last or pairs"),
-        ("1", "expected skip, last or pairs"),
+        ("all", "expected skip, last, middle, final or pairs"),
+        ("1-2+", "expected skip, last, middle, final or pairs"),
+        ("1", "expected skip, last, middle, final or pairs"),
         ("1-13", "layer 13 of the teacher, which has layers 0 to 12"),
         ("4-1", "layer 4 of the student, which has layers 0 to 3"),
     ],
@@ -124,9 +135,9 @@ def test_a_student_deeper_than_its_teacher_has_no_last_map_but_a_skip_map() -> N
         ("soft-target", ["logits"]),
         ("logit-mse", ["logits"]),
         ("pkd", ["hidden.cls@4", "hidden.cls@8"]),
-        ("pkd:layers=last", ["hidden.cls@10", "hidden.cls@11"]),
-        ("hidden-mse:layer_map=1-2+2-2", ["hidden.tok@2"]),
-        ("hidden-mse:at=mean", ["hidden.mean@4", "hidden.mean@8", "hidden.mean@12"]),
+        ("pkd:layer_map=last", ["hidden.cls@10", "hidden.cls@11"]),
+        ("fitnets:layer_map=1-2+2-2", ["hidden.tok@2"]),
+        ("fitnets:at=mean:layer_map=skip", ["hidden.mean@4", "hidden.mean@8", "hidden.mean@12"]),
     ],
 )
 def test_signals_each_method_needs(spec: str, expected: list[str]) -> None:
@@ -134,8 +145,8 @@ def test_signals_each_method_needs(spec: str, expected: list[str]) -> None:
 
 
 def test_projections_are_made_where_widths_differ_only() -> None:
-    assert set(make("hidden-mse").projections(shapes())) == {"1-4", "2-8", "3-12"}
-    assert not len(make("hidden-mse").projections(shapes(teacher_width=8)))
+    assert set(make("fitnets:layer_map=skip").projections(shapes())) == {"1-4", "2-8", "3-12"}
+    assert not len(make("fitnets").projections(shapes(teacher_width=8)))
     pkd = make("pkd").projections(shapes())
     assert [tuple(p.shape) for p in pkd.parameters()] == [(16, 8)]
     assert not len(make("pkd").projections(shapes(teacher_width=8)))
@@ -144,9 +155,9 @@ def test_projections_are_made_where_widths_differ_only() -> None:
 
 def test_pkd_refuses_a_student_of_one_layer_and_says_what_to_write() -> None:
     flat = shapes(token_widths=(8, 8), sentence_widths=(8, 8))
-    with pytest.raises(UsageError, match="pkd:layers=1-12"):
+    with pytest.raises(UsageError, match="pkd:layer_map=1-12"):
         make("pkd").signals(flat)
-    assert [str(s) for s in make("pkd:layers=1-12").signals(flat)] == ["hidden.cls@12"]
+    assert [str(s) for s in make("pkd:layer_map=1-12").signals(flat)] == ["hidden.cls@12"]
 
 
 def outputs(rows: int = 2, tokens: int = 3, width: int = 8) -> StudentOutputs:
@@ -172,8 +183,8 @@ def test_pkd_is_the_papers_sum_over_layers_of_two_minus_two_cosine() -> None:
 
 @pytest.mark.parametrize("at", ["tok", "cls", "mean"])
 def test_hidden_mse_is_the_mean_squared_error_after_the_projection(at: str) -> None:
-    method = make(f"hidden-mse:layer_map=2-5:at={at}")
-    student, projections = outputs(), make("hidden-mse:layer_map=2-5").projections(shapes())
+    method = make(f"fitnets:layer_map=2-5:at={at}")
+    student, projections = outputs(), make("fitnets:layer_map=2-5").projections(shapes())
     teacher = torch.randn(2, 3, 16) if at == "tok" else torch.randn(2, 16)
     terms = method.loss(student, Targets({f"hidden.{at}@5": teacher}), projections, shapes())
     states, project = student.token_states[2], projections["2-5"]
@@ -185,16 +196,16 @@ def test_hidden_mse_is_the_mean_squared_error_after_the_projection(at: str) -> N
     else:
         means = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
         expected = (project(means) - teacher).square().mean()
-    assert list(terms) == ["hidden-mse.2-5"]
-    assert terms["hidden-mse.2-5"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert list(terms) == ["fitnets.2-5"]
+    assert terms["fitnets.2-5"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_float16_signals_are_compared_in_float32() -> None:
-    method = make("hidden-mse:layer_map=1-1")
+    method = make("fitnets:layer_map=1-1")
     same, student = shapes(teacher_width=8), outputs()
     teacher = torch.randn(2, 3, 8).half()
     terms = method.loss(student, Targets({"hidden.tok@1": teacher}), torch.nn.ModuleDict(), same)
-    assert terms["hidden-mse.1-1"].dtype == torch.float32
+    assert terms["fitnets.1-1"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("task", ["single-label", "multi-label", "regression"])
@@ -220,6 +231,220 @@ def test_every_task_has_a_loss_that_falls_when_the_student_follows(task: str, sp
 
 def test_every_method_is_described_with_its_options_and_source() -> None:
     entries = {entry["name"]: entry for entry in methods.describe()}
-    assert set(entries) == {"hard", "hidden-mse", "logit-mse", "pkd", "soft-target"}
-    assert entries["soft-target"]["options"] == {"temperature": 2.0}
+    assert {"hard", "soft-target", "fitnets", "minilmv2"} <= set(entries)
+    assert entries["soft-target"]["options"] == {"temperature": 2.0, "squared": True}
     assert all(entry["summary"].endswith(".") and entry["source"] for entry in entries.values())
+
+
+def test_without_its_square_the_soft_target_loss_is_smaller_by_the_temperature_squared() -> None:
+    student, teacher = outputs(), torch.randn(2, 3, generator=torch.Generator().manual_seed(2))
+    with_square, without = (
+        make(f"soft-target:temperature=3:squared={squared}").loss(
+            student, Targets({"logits": teacher}), torch.nn.ModuleDict(), shapes()
+        )["soft-target"]
+        for squared in ("true", "false")
+    )
+    assert with_square.item() == pytest.approx(9 * without.item())
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("regular", ((1, (1, 2, 3)), (2, (4, 5, 6)))),
+        ("overlap", ((1, (1, 2, 3, 4)), (2, (3, 4, 5, 6)))),
+        ("cross", ((1, (1, 3)), (2, (4, 6)))),
+        ("skip", ((1, (1, 3, 5)), (2, (2, 4, 6)))),
+        ("all", ((1, (1, 2, 3, 4, 5, 6)), (2, (1, 2, 3, 4, 5, 6)))),
+        ("1-1.2+2-5.6", ((1, (1, 2)), (2, (5, 6)))),
+    ],
+)
+def test_groups_of_layers_are_those_of_the_ckd_paper(text: str, groups: object) -> None:
+    six_to_two = shapes(token_widths=(8,) * 3, sentence_widths=(8,) * 3, teacher_layers=6)
+    assert layer_groups(text, six_to_two, where="layer_map") == groups
+
+
+@pytest.mark.parametrize("text", ["regular", "overlap", "cross", "skip"])
+@pytest.mark.parametrize(("student", "teacher"), [(1, 12), (3, 12), (5, 12), (6, 6), (4, 2)])
+def test_every_student_block_has_a_group_of_blocks_that_exist(text: str, student: int, teacher: int) -> None:
+    widths = (8,) * (student + 1)
+    form = shapes(token_widths=widths, sentence_widths=widths, teacher_layers=teacher)
+    groups = layer_groups(text, form, where="layer_map")
+    assert [m for m, _ in groups] == [*range(1, student + 1)]
+    assert all(group and min(group) >= 1 and max(group) <= teacher for _, group in groups)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("every", "expected all, regular, overlap, cross, skip or groups"),
+        ("1-1.x", "expected all, regular, overlap, cross, skip or groups"),
+        ("1-13", "layer 13 of the teacher"),
+        ("9-1", "layer 9 of the student"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        layer_groups(text, shapes(), where="option 'layer_map'")
+    assert words in str(error.value)
+
+
+def test_middle_and_final_are_one_pair() -> None:
+    assert layer_pairs("middle", shapes(), where="x") == ((2, 6),)
+    assert layer_pairs("final", shapes(), where="x") == ((3, 12),)
+    assert layer_pairs("uniform", shapes(), where="x") == layer_pairs("skip", shapes(), where="x")
+    with pytest.raises(UsageError, match="layer 0 of the student, which has layers 1 to 3"):
+        layer_pairs("0-1", shapes(), where="x", first=1)
+
+
+# --- RAIL-KD's draws -------------------------------------------------------------------------------------------------
+
+
+def twelve_to_six() -> Shapes:
+    return shapes(token_widths=(8,) * 7, sentence_widths=(8,) * 7)
+
+
+def test_a_draw_follows_from_seed_and_epoch_alone_and_rises() -> None:
+    rail, form = make("rail-kd"), twelve_to_six()
+    draws = [rail.draw(1, epoch, form) for epoch in range(200)]
+    torch.manual_seed(0)
+    assert draws == [rail.draw(1, epoch, form) for epoch in range(200)]
+    assert draws != [rail.draw(2, epoch, form) for epoch in range(200)]
+    for drawn in draws:
+        assert [student for student, _ in drawn] == [1, 2, 3, 4, 5]
+        layers = [layer for _, layer in drawn]
+        assert layers == sorted({*layers}) and layers[0] >= 1 and layers[-1] <= 11
+
+
+def test_every_layer_is_drawn_equally_often() -> None:
+    rail, form = make("rail-kd"), twelve_to_six()
+    counts = torch.zeros(12)
+    epochs = 2200
+    for epoch in range(epochs):
+        counts[[layer for _, layer in rail.draw(0, epoch, form)]] += 1
+    # Binomial with p = 5 / 11: a standard deviation is 1 % of the trials.
+    assert counts[0] == 0
+    assert (counts[1:] / epochs - 5 / 11).abs().max() < 0.045
+
+
+def test_embeddings_and_last_layers_take_part_on_request() -> None:
+    form = twelve_to_six()
+    assert [layer for layer, _ in make("rail-kd:embedding=true:final=true").draw(0, 0, form)] == [0, 1, 2, 3, 4, 5, 6]
+    assert [str(s) for s in make("rail-kd").signals(form)] == [f"hidden.mean@{layer}" for layer in range(1, 12)]
+    flat = shapes(token_widths=(8, 8), sentence_widths=(8, 8))
+    with pytest.raises(Unfit, match="final=true"):
+        make("rail-kd").signals(flat)
+    with pytest.raises(Unfit, match="the teacher has 1 to draw from"):
+        make("rail-kd").signals(shapes(teacher_layers=2))
+
+
+def test_codir_takes_the_teachers_layers_of_the_released_code() -> None:
+    names = [str(signal) for signal in make("codir").signals(twelve_to_six())]
+    assert names == [*(f"hidden.cls@{layer}" for layer in (1, 3, 5, 7, 9, 11)), "logits"]
+    assert "logits" not in map(str, make("codir:negatives_from=random").signals(twelve_to_six()))
+    assert "logits" not in map(str, make("codir").signals(shapes(task="regression")))
+
+
+def test_fsp_takes_thirds_of_both_models_or_fewer_where_there_are_no_thirds() -> None:
+    names = [str(signal) for signal in make("fsp").signals(twelve_to_six())]
+    assert names == [f"hidden.tok@{layer}" for layer in (0, 4, 8, 12)]
+    flat = shapes(token_widths=(8, 8), sentence_widths=(8, 8))
+    assert [str(signal) for signal in make("fsp").signals(flat)] == ["hidden.tok@0", "hidden.tok@12"]
+    with pytest.raises(UsageError, match="needs two layers"):
+        make("fsp:layer_map=1-2").signals(flat)
+
+
+def test_fsps_fixed_projection_is_orthonormal_the_same_in_every_run_and_never_trained() -> None:
+    first, second = (make("fsp:proj_dim=5").projections(shapes())["p"] for _ in range(2))
+    matrix = first.matrix_DR
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(5), atol=1e-6, rtol=0)
+    assert torch.equal(matrix, second.matrix_DR) and not [*first.parameters()]
+
+
+# --- which methods fit which student ---------------------------------------------------------------------------------
+
+ANY = {"soft-target", "logit-mse", "hard", "fitnets", "fsp", "pkd", "distilbert", "ckd", "alp-kd", "codir", "rail-kd"}
+SAME_HEADS = {"tinybert", "ir-kd", "mobilebert", "minilm"}
+
+
+@pytest.mark.skipif("attention.score" not in SIGNALS, reason="no attention in stores yet")
+@pytest.mark.parametrize(
+    ("changes", "fitting"),
+    [
+        ({"student_heads": 12, "attention_width": 8}, ANY | SAME_HEADS | {"minilmv2"}),
+        ({"student_heads": 4, "attention_width": 8}, ANY | {"minilmv2"}),
+        ({}, ANY),
+    ],
+    ids=["small or narrow BERT of the teacher's heads", "of other heads, as a MobileBERT", "BiLSTM"],
+)
+def test_the_methods_of_a_student_are_those_of_the_table(changes: dict[str, object], fitting: set[str]) -> None:
+    form = shapes(teacher_heads=12, teacher_width=24, **changes)
+    assert {*fitting_methods(form)} == fitting
+    of_tokens = {"fitnets", "fsp", "distilbert", *SAME_HEADS, "minilmv2"}
+    assert {*fitting_methods(form, reads_teacher_tokens=False)} == fitting - of_tokens
+
+
+@pytest.mark.skipif("attention.score" not in SIGNALS, reason="no attention in stores yet")
+@pytest.mark.parametrize(
+    ("spec", "changes", "words"),
+    [
+        ("tinybert", {}, "tinybert:attention=none"),
+        ("ir-kd", {}, "ir-kd:attention=false"),
+        ("mobilebert", {}, "mobilebert:attention=0"),
+        ("minilmv2", {}, "minilmv2:relations=v-v"),
+        ("minilm", {"student_heads": 4, "attention_width": 8}, "minilmv2 fits any number of heads"),
+        ("minilmv2:heads=5", {"student_heads": 4, "attention_width": 8}, "heads=1 or 2 or 4 or 8"),
+        ("minilmv2:layer_map=skip", {"student_heads": 4, "attention_width": 8}, "matches one block"),
+    ],
+)
+def test_a_method_that_does_not_fit_says_what_would(spec: str, changes: dict[str, object], words: str) -> None:
+    form = shapes(teacher_heads=12, teacher_width=24, **changes)
+    with pytest.raises(UsageError) as error:
+        make(spec).signals(form)
+    assert words in str(error.value)
+    for part in words.split(" or "):
+        if ":" in part:
+            assert make(part).signals(form), "the advice works"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("tinybert:attention=none:hidden=false:embedding=false", "nothing to compare"),
+        ("ir-kd:attention=false:cosine=false", "nothing to compare"),
+        ("mobilebert:feature=0:mean=0:variance=0:attention=0", "nothing to compare"),
+        ("mobilebert:mean=-1", "expected 0 or more"),
+        ("minilmv2:relations=q-z", "pairs of q, k and v"),
+        ("minilmv2:heads=-1", "expected 0 or more"),
+        ("rail-kd:size=0", "expected 1 or more"),
+        ("codir:negatives=0", "expected 1 or more"),
+        ("codir:temperature=0", "expected above 0"),
+        ("fsp:proj_dim=-1", "expected 0 or more"),
+    ],
+)
+def test_an_option_that_leaves_no_loss_is_refused(spec: str, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_methods(spec)
+    assert words in str(error.value)
+
+
+# --- reductions of published code ------------------------------------------------------------------------------------
+
+
+def test_official_reductions_are_the_default_times_what_the_codes_divide_by() -> None:
+    form = shapes(teacher_width=8)
+    student = outputs()
+    teacher = {f"hidden.tok@{layer}": torch.randn(2, 3, 8) for layer in (6, 12)}
+
+    def value(spec: str) -> float:
+        terms = make(spec).loss(student, Targets(teacher), torch.nn.ModuleDict(), form)
+        return torch.stack([*terms.values()]).sum().item()
+
+    squares = (student.token_states[2] - teacher["hidden.tok@6"]).square().sum(-1)[student.mask_BT]
+    assert value("fitnets:reduction=official") == pytest.approx(squares.sum().item() / 2 / 2, rel=1e-5)
+    assert value("fitnets:reduction=token") == pytest.approx(squares.mean().item() / 8, rel=1e-5)
+    cosines = torch.cosine_similarity(student.token_states[3], teacher["hidden.tok@12"], dim=-1)[student.mask_BT]
+    for reduction in ("token", "official"):
+        assert value(f"distilbert:reduction={reduction}") == pytest.approx((1 - cosines).mean().item(), rel=1e-5)
+    tiny = "tinybert:attention=none:embedding=false:layer_map=2-6"
+    if "attention.score" in SIGNALS:
+        assert value(f"{tiny}:reduction=official") == pytest.approx(squares.sum().item() / (2 * 3 * 8), rel=1e-5)

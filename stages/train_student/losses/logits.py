@@ -1,0 +1,69 @@
+"""Losses between logits: pure functions of tensors.
+
+Dimension key: B examples, C classes or labels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from .reduce import wide
+
+
+def soft_target_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
+    """Mean over B of KL(teacher || student) between distributions softened by `temperature`, in nats, times its square.
+
+    The square keeps the gradient on the scale of the hard-label loss when the temperature changes (Hinton et al.,
+    arXiv 1503.02531). Adding a constant to the logits of a row changes nothing.
+
+    Args:
+        student_BC: student logits; carries the gradient.
+        teacher_BC: teacher logits.
+        temperature: above 0; 1 leaves both distributions as they are.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> [round(soft_target_kl(student, teacher, temperature=t).item(), 6) for t in (1, 2)]
+    [0.266217, 0.313684]
+    """
+    student_BC = wide(student_BC) / temperature
+    teacher_BC = wide(teacher_BC.detach()) / temperature
+    divergence = functional.kl_div(
+        student_BC.log_softmax(-1), teacher_BC.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    return divergence * temperature**2
+
+
+def bernoulli_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
+    """The same for multi-label heads: KL(teacher || student) of each label's Bernoulli, mean over B and C, in nats.
+
+    The mean over labels is that of the hard multi-label loss, so the two keep their proportion.
+
+    >>> import torch
+    >>> both = torch.tensor([[0.3, -2.0]])
+    >>> bernoulli_kl(both, both, temperature=2.0).item()
+    0.0
+    """
+    student_BC = wide(student_BC) / temperature
+    teacher_BC = wide(teacher_BC.detach()) / temperature
+    on_BC = teacher_BC.sigmoid() * (functional.logsigmoid(teacher_BC) - functional.logsigmoid(student_BC))
+    off_BC = (-teacher_BC).sigmoid() * (functional.logsigmoid(-teacher_BC) - functional.logsigmoid(-student_BC))
+    return (on_BC + off_BC).mean() * temperature**2
+
+
+def logit_mse(student_BC: Tensor, teacher_BC: Tensor, *, reduction: Literal["sum_class", "mean_all"]) -> Tensor:
+    """Mean over B of the squared distance between logits: summed over classes, or averaged over them as well.
+
+    `sum_class` is what papers write (Tang et al., arXiv 1903.12136); `mean_all` is what torch's default computes, and
+    C times smaller.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> [round(logit_mse(student, teacher, reduction=r).item(), 4) for r in ("sum_class", "mean_all")]
+    [2.0, 0.6667]
+    """
+    squares_BC = (wide(student_BC) - wide(teacher_BC.detach())).square()
+    return squares_BC.sum(-1).mean() if reduction == "sum_class" else squares_BC.mean()

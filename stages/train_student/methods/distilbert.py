@@ -1,0 +1,75 @@
+"""DistilBERT: the direction of the last hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ....pipeline.store.signal import Signal
+from .. import losses
+from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .fit import project, widths_at
+from .layer_maps import layer_pairs
+
+
+@methods.register("distilbert")
+@dataclass(frozen=True, kw_only=True)
+class DistilBert(Method):
+    """Cosine distance between the last hidden states: the term that makes DistilBERT's loss of soft targets and labels.
+
+    L = mean_b mean_t (1 - cos(W h_student[b, t, M], h_teacher[b, t, L])) over true tokens. The other two terms of the
+    paper are methods of their own; its weights are `soft-target:5:temperature=2,hard:2,distilbert:1`.
+
+    `at`: `tok` every token, as in the paper (the student must read the teacher's tokens), `cls` the sentence vectors,
+    `mean` the means over tokens. `layer_map`: `final`, or pairs (student-teacher), `skip`, `last`, whose terms are
+    summed. `reduction`, for `tok`: `kd` as above; `token`, and `official` for the same, is one mean over all true
+    tokens of the batch, as the authors' code has it.
+
+    Signals: `hidden.tok`, `hidden.cls` or `hidden.mean` of the teacher's last layer. Student outputs: the same of its
+    own. Projections: one linear map per pair whose widths differ.
+    """
+
+    source = "Sanh et al., DistilBERT, a distilled version of BERT, arXiv 1910.01108"
+    layer_map: str = "final"
+    at: Literal["tok", "cls", "mean"] = "tok"
+    reduction: Literal["kd", "token", "official"] = "kd"
+
+    def _pairs(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
+        return layer_pairs(self.layer_map, shapes, where="option 'layer_map' of method 'distilbert'")
+
+    def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        return tuple(dict.fromkeys(Signal(f"hidden.{self.at}", teacher) for _, teacher in self._pairs(shapes)))
+
+    def reads(self, shapes: Shapes) -> tuple[str, ...]:
+        kind = {"tok": "token", "cls": "sentence", "mean": "mean"}[self.at]
+        return tuple(dict.fromkeys(f"{kind}@{student}" for student, _ in self._pairs(shapes)))
+
+    def projections(self, shapes: Shapes) -> nn.ModuleDict:
+        widths = widths_at(self.at, shapes)
+        return nn.ModuleDict(
+            {
+                f"{student}-{teacher}": nn.Linear(widths[student], shapes.teacher_width, bias=False)
+                for student, teacher in self._pairs(shapes)
+                if widths[student] != shapes.teacher_width
+            }
+        )
+
+    def loss(
+        self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
+    ) -> dict[str, Tensor]:
+        terms = {}
+        for own, other in self._pairs(shapes):
+            teacher = targets[Signal(f"hidden.{self.at}", other)]
+            if self.at == "tok":
+                terms[f"distilbert.{own}-{other}"] = losses.token_cosine(
+                    project(projections, f"{own}-{other}", student.token(own)),
+                    teacher,
+                    student.mask_BT,
+                    pooling="kd" if self.reduction == "kd" else "token",
+                )
+            else:
+                vector_BD = project(projections, f"{own}-{other}", student.sentence_or_mean(self.at, own))
+                terms[f"distilbert.{own}-{other}"] = losses.vector_cosine(vector_BD, teacher)
+        return terms
