@@ -29,10 +29,9 @@ class NegativeRows:
     def drawn(self, step: int, device: torch.device | str) -> Mapping[str, torch.Tensor]:
         """Signals of one entry per row, [K, ...] by name; those of a step's forward passes are the same."""
         if step != self._step:
-            chosen = np.random.default_rng((0x6E6567, self._order.seed, step)).choice(
-                self._order.rows, self._count, replace=False
-            )
-            found = self._rows.sentence_signals(np.sort(chosen))
+            generator = np.random.default_rng((0x6E6567, self._order.seed, step))
+            places = generator.choice(len(self._order.rows), self._count, replace=False)
+            found = self._rows.sentence_signals(np.sort(self._order.rows[places]))
             self._drawn = {name: values.to(device) for name, values in found.items()}
             self._step = step
         return self._drawn
