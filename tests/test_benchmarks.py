@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = {
-    "capture": ["--rows", "16", "--repeats", "1"],
+    "capture": ["--quick", "--rows", "16", "--rounds", "1"],
     "read": ["--rows", "200", "--batches", "2", "--rounds", "1"],
     "startup": ["--repeats", "1"],
     "train": ["--rows", "300", "--steps", "2", "--warm-up", "1", "--repeats", "1"],

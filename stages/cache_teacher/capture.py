@@ -177,6 +177,10 @@ class LoadedTeacher:
     """A teacher with its weights, and the runner for the signals asked last."""
 
     def __init__(self, teacher: Teacher, model: nn.Module, device: str) -> None:
+        from .onednn import use_onednn
+
+        if device == "cpu":
+            use_onednn(model)
         self._teacher, self._model, self._device = teacher, model, device
         self._signals: Mapping[Any, str] = {}
         self._runner: Runner | None = None
@@ -197,7 +201,6 @@ class LoadedTeacher:
                 signals,
                 device=self._device,
                 pad_token_id=pad_token_id if pad_token_id is not None else 0,
-                max_tokens=self._teacher.max_tokens,
             )
             self._signals = dict(signals)
         return self._runner

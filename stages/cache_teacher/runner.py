@@ -20,7 +20,9 @@ from ...pipeline.store.codec import LIMITS
 from ...pipeline.store.signal import Signal
 from .attention import hook_maps, layer_modules, require_true_scores, scores
 
-PAD_MULTIPLE = 8
+BATCH_COST = 32
+"""One batch more is worth as much as a 32nd of a full batch's tokens less: what it costs whatever its size."""
+TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,37 @@ class SignalBatch:
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Rows of one shard as batches of slots: longest first, each at most `batch_tokens` tokens when padded.
+    """Rows of one shard as batches of slots: longest first, at most `batch_tokens` tokens each, next to no padding.
 
-    It follows from the arguments alone, so a shard computed again has the same batches and the same bytes. Longest
-    first: what does not fit into memory shows at once.
+    The sorted rows are cut where one length ends and a shorter one begins, at the places that make padded tokens and
+    the number of batches together cost least. It follows from the arguments alone, so a shard computed again has the
+    same batches and the same bytes. Longest first: what does not fit into memory shows at once.
 
     Args:
         lengths: tokens per row, int [N].
-        batch_tokens: budget of rows times padded length; a single longer row is a batch of its own.
+        batch_tokens: budget of rows times longest row; a single longer row is a batch of its own.
     """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    batches: list[np.ndarray] = []
-    start = 0
-    while start < len(order):
-        rows = max(1, batch_tokens // padded_length(int(lengths[order[start]])))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
-
-
-def padded_length(length: int) -> int:
-    """`length` rounded up to a multiple of 8.
-
-    >>> padded_length(17)
-    24
-    """
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    ascending, counts = np.unique(lengths, return_counts=True)
+    widths, ends = ascending[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    rows_per_batch = np.maximum(1, batch_tokens // np.maximum(widths, 1))
+    # Of the rows at least as long as widths[i - 1]: the least cost, and where the last cut is then.
+    least, cut = np.zeros(len(ends), dtype=np.int64), np.zeros(len(ends), dtype=np.int64)
+    for end in range(1, len(ends)):
+        rows = ends[end] - ends[:end]
+        batches = -(-rows // rows_per_batch[:end])
+        cost = least[:end] + rows * widths[:end] + batches * (batch_tokens // BATCH_COST + 1)
+        cut[end] = np.argmin(cost)
+        least[end] = cost[cut[end]]
+    planned: list[np.ndarray] = []
+    end = len(widths)
+    while end > 0:
+        start = int(cut[end])
+        rows_here = order[ends[start] : ends[end]]
+        planned[:0] = np.array_split(rows_here, -(-len(rows_here) // int(rows_per_batch[start])))
+        end = start
+    return planned
 
 
 class Runner:
@@ -77,7 +84,6 @@ class Runner:
         signals: what to give, with the dtype to give it in ("float32", "float16").
         device: where to run.
         pad_token_id: what fills up a row; masked, so its value does not matter.
-        max_tokens: the longest input that the model accepts; padding never exceeds it.
     """
 
     def __init__(
@@ -87,15 +93,15 @@ class Runner:
         *,
         device: str = "cpu",
         pad_token_id: int = 0,
-        max_tokens: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.eval().to(self.device)
         self.num_halved = 0
         self._signals = {signal: getattr(torch, dtype) for signal, dtype in signals.items()}
         self._pad_token_id = pad_token_id
-        self._max_tokens = max_tokens
-        self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._takes_segments = "token_type_ids" in takes
+        self._mask_is_optional = "attention_mask" in takes and takes["attention_mask"].default is None
         self._layers = sorted({s.layer for s in signals if s.layer is not None and s.name in REDUCE})
         self._states: dict[Signal, Tensor] = {}
         self._batch: _Batch | None = None
@@ -170,15 +176,12 @@ class Runner:
         as_computed: bool = False,
     ) -> _Launched:
         lengths = token_ids.lengths[slots]
-        width = padded_length(length or int(lengths.max()))
-        if self._max_tokens is not None:
-            width = min(width, self._max_tokens)
-        inside_BT = np.arange(width) < lengths[:, None]
+        inside_BT = np.arange(length or int(lengths.max())) < lengths[:, None]
         batch = self._batch = _Batch.of(inside_BT, self.device, pairs=self._with_pairs)
-        inputs = {
-            "input_ids": self._padded(token_ids, slots, inside_BT, self._pad_token_id),
-            "attention_mask": batch.mask_BT,
-        }
+        inputs = {"input_ids": self._padded(token_ids, slots, inside_BT, self._pad_token_id)}
+        if batch.token_index_K is not None or not self._mask_is_optional:
+            # Without padding there is none: models ask a mask whether it masks, which on a GPU waits for all before it.
+            inputs["attention_mask"] = batch.mask_BT
         if self._takes_segments:
             inputs["token_type_ids"] = self._padded(segment_ids, slots, inside_BT, 0)
         self._states.clear()
@@ -239,7 +242,7 @@ class Runner:
         trial = _hook_layers(blocks, range(len(blocks) + 1), lambda layer, hidden: seen.__setitem__(layer, hidden))
         try:
             with torch.inference_mode():
-                ids_BT = torch.arange(PAD_MULTIPLE, device=self.device)[None, :] % int(config.vocab_size)
+                ids_BT = torch.arange(TRIAL_TOKENS, device=self.device)[None, :] % int(config.vocab_size)
                 mask_BT = torch.ones_like(ids_BT)
                 output = self.model(
                     input_ids=ids_BT, attention_mask=mask_BT, return_dict=True, output_hidden_states=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kd.pipeline.errors import RefusedError
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.store import Signal
 from kd.stages.cache_teacher import runner as runner_module
-from kd.stages.cache_teacher.runner import Runner, padded_length, plan_batches
+from kd.stages.cache_teacher.runner import Runner, plan_batches
 
 VOCABULARY = 90
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": 3}
@@ -127,17 +128,49 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
     batches = plan_batches(np.array(lengths, dtype=np.int64), budget)
     assert sorted(np.concatenate([np.empty(0, dtype=int), *batches]).tolist()) == list(range(len(lengths)))
     for batch in batches:
-        width = padded_length(max(lengths[row] for row in batch))
-        assert len(batch) == 1 or len(batch) * width <= budget
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
 
 
 def test_batches_come_longest_first_and_equal_lengths_in_order() -> None:
     batches = plan_batches(np.array([3, 9, 3, 20, 9]), 48)
-    assert [batch.tolist() for batch in batches] == [[3, 1], [4, 0, 2]]
+    assert [batch.tolist() for batch in batches] == [[3], [1, 4], [0, 2]]
 
 
-def test_lengths_are_padded_to_multiples_of_eight() -> None:
-    assert [padded_length(n) for n in (1, 8, 9, 16)] == [8, 8, 16, 16]
+def test_rows_of_one_length_share_batches_of_about_the_same_size() -> None:
+    batches = plan_batches(np.full(10, 8), 32)
+    assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def test_a_few_shorter_rows_are_padded_rather_than_given_a_batch_of_their_own() -> None:
+    lengths = np.array([*[20] * 40, 19, *[10] * 40])
+    # 64 tokens are a 32nd of the budget: one token of padding is less, 10 a row are more.
+    assert [len(batch) for batch in plan_batches(lengths, 2048)] == [41, 40]
+    assert [len(batch) for batch in plan_batches(np.array([20] * 3 + [10]), 2048)] == [4]
+
+
+def _tokens_and_batches(batches: list[np.ndarray], lengths: np.ndarray) -> tuple[int, int]:
+    return sum(len(batch) * int(lengths[batch].max()) for batch in batches), len(batches)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(9, 64))
+def test_no_other_cuts_between_lengths_cost_less(lengths: list[int], budget: int) -> None:
+    rows = np.sort(np.array(lengths))[::-1]
+    own = budget // runner_module.BATCH_COST + 1
+    tokens, number = _tokens_and_batches(plan_batches(rows, budget), rows)
+    for cuts in product([False, True], repeat=len(rows) - 1):
+        if any(cut and rows[at] == rows[at + 1] for at, cut in enumerate(cuts)):
+            continue
+        parts = np.split(np.arange(len(rows)), np.flatnonzero(cuts) + 1)
+        if all(len(part) * rows[part[0]] <= budget for part in parts):
+            assert tokens + own * number <= sum(len(part) * rows[part[0]] + own for part in parts)
+
+
+def test_sorted_sentences_leave_next_to_no_padding() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(4 + rng.gamma(2.0, 5.0, size=4096).astype(np.int64), 60)
+    tokens, number = _tokens_and_batches(plan_batches(lengths, 2048), lengths)
+    assert tokens <= 1.02 * lengths.sum() and number <= 1.6 * lengths.sum() / 2048
 
 
 # --- against transformers ----------------------------------------------------------------------------------------
@@ -181,8 +214,8 @@ def test_a_batch_is_bit_for_bit_what_transformers_gives_for_it() -> None:
     rows = rows_of([5, 17, 8, 16])
     order = [1, 3, 2, 0]
     found = collect(Runner(model, signals_of("logits", "hidden.tok@2")), rows, [np.array(order)])
-    ids = torch.zeros(4, 24, dtype=torch.int64)
-    mask = torch.zeros(4, 24, dtype=torch.int64)
+    ids = torch.zeros(4, 17, dtype=torch.int64)
+    mask = torch.zeros(4, 17, dtype=torch.int64)
     for place, row in enumerate(order):
         ids[place, : rows.lengths[row]] = torch.from_numpy(rows[row])
         mask[place, : rows.lengths[row]] = 1
@@ -218,12 +251,12 @@ def test_what_fills_a_row_up_does_not_matter() -> None:
         np.testing.assert_allclose(a[signal], b[signal], atol=1e-6)
 
 
-def test_padding_stops_at_the_longest_input_the_model_takes() -> None:
+def test_padding_never_exceeds_the_longest_row() -> None:
     config = CONFIGS["bert"]()
     config.max_position_embeddings = 13
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     rows = rows_of([13, 4])
-    found = collect(Runner(model, signals_of("logits"), max_tokens=13), rows, [np.arange(2)])
+    found = collect(Runner(model, signals_of("logits")), rows, [np.arange(2)])
     np.testing.assert_allclose(found[Signal("logits")][0], alone(model, rows[0]).logits[0], atol=1e-6)
 
 
@@ -306,7 +339,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_padded_length(error: Excep
     hungry = Hungry(model, 2, error)
     runner = Runner(hungry, signals_of("logits"))
     found = collect(runner, rows, [np.arange(5)])
-    assert hungry.seen == [(2, 24), (1, 24), (2, 24)]
+    assert hungry.seen == [(2, 20), (1, 20), (2, 20)]
     assert runner.num_halved == 2
     for row, ids in enumerate(rows):
         np.testing.assert_allclose(found[Signal("logits")][row], alone(model, ids).logits[0], atol=1e-5)

@@ -22,7 +22,8 @@ from kd.pipeline.errors import KdError, RefusedError, UsageError
 from kd.pipeline.store import Signal, open_store, open_view
 from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.cache_teacher import capture as capture_module
-from kd.stages.cache_teacher.runner import padded_length, plan_batches
+from kd.stages.cache_teacher.onednn import use_onednn
+from kd.stages.cache_teacher.runner import plan_batches
 
 Files = Callable[[Path], dict[str, str]]
 ALL = "logits,hidden.cls@all,hidden.mean@all,hidden.tok@all"
@@ -146,11 +147,12 @@ def test_logits_are_bit_for_bit_those_of_a_live_teacher_on_the_stores_batches(be
     bench.capture(bench.corpus(sentences), batch_tokens=512)
     store = open_store(bench.store)
     model = AutoModelForSequenceClassification.from_pretrained(str(bench.teacher)).eval()
+    use_onednn(model)
     for shard in range(4):
         read = store.read_tokens(shard)
         for slots in plan_batches(read.token_ids.lengths, store.layout.batch_tokens):
             ids = read.token_ids.take(slots)
-            width = padded_length(int(ids.lengths.max()))
+            width = int(ids.lengths.max())
             padded = torch.from_numpy(ids.to_padded(0, length=width).astype(np.int64))
             mask = torch.from_numpy((np.arange(width) < ids.lengths[:, None]).astype(np.int64))
             with torch.inference_mode():

@@ -84,9 +84,11 @@ def test_what_the_company_in_a_batch_changes_is_noise_and_no_error(
     make_store: Callable[..., Path], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A teacher whose numbers move by a thousandth per row of the batch: the same in capture and audit."""
+    from kd.stages.cache_teacher import runner
     from kd.stages.cache_teacher.runner import Runner
 
     original = Runner.run
+    monkeypatch.setattr(runner, "BATCH_COST", 1)  # all 32 rows are one batch
 
     def run(self: Any, *args: Any) -> Iterator[Any]:
         for batch in original(self, *args):

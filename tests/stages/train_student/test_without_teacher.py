@@ -86,6 +86,7 @@ def test_the_loss_curve_equals_that_of_a_live_teacher_run_in_the_stores_batches(
     """Lossless store: the teacher runs in every step, over whole shards in the batches of the capture."""
     from transformers import AutoModelForSequenceClassification
 
+    from kd.stages.cache_teacher.onednn import use_onednn
     from kd.stages.cache_teacher.runner import Runner, plan_batches
 
     stored = train(captured, tmp_path / "stored")
@@ -93,7 +94,8 @@ def test_the_loss_curve_equals_that_of_a_live_teacher_run_in_the_stores_batches(
     view = open_view(captured.view)
     signals = (Signal("logits"), Signal("hidden.cls", 1))
     teacher = AutoModelForSequenceClassification.from_pretrained(str(captured.teacher), attn_implementation="sdpa")
-    runner = Runner(teacher, dict.fromkeys(signals, "float32"), max_tokens=64)
+    use_onednn(teacher)
+    runner = Runner(teacher, dict.fromkeys(signals, "float32"))
     rows_per_shard = view.store.layout.rows_per_shard
     num_runs = 0
 
