@@ -14,7 +14,10 @@ SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
     "read": ["--rows", "200", "--batches", "2", "--rounds", "1"],
     "startup": ["--repeats", "1"],
-    "train": ["--rows", "300", "--steps", "2", "--warm-up", "1", "--repeats", "1"],
+    "train": [
+        *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
+        *("--batch-size", "8"),
+    ],
     "verify": ["--rows", "200", "--rounds", "1"],
 }
 
