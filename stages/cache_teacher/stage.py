@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...pipeline.store.plan import ShardSize
     from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
-    from .capture import CapturedShard
+    from .capture import CapturedShard, CaptureJob
     from .teacher import Teacher
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
@@ -43,7 +43,11 @@ class CacheTeacher(Stage):
         False, help="Run Python code that comes with the checkpoint.", identity=False, panel=TEACHER
     )
     dtype: str = option(
-        "float32", help="Compute dtype.", panel=TEACHER, choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
+        "float32",
+        help="Compute dtype; below float32 its effect on logits is measured.",
+        panel=TEACHER,
+        choices=("float32", "bfloat16", "float16"),
+        metavar="DTYPE",
     )
     max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
     device: str | None = option(
@@ -422,6 +426,7 @@ class CacheTeacher(Stage):
         else:
             teacher.unload()
 
+        effect = self._dtype_effect(job, [shard for shard in sorted(missing) if shard not in plan.recoded], context)
         started = time.perf_counter()
         if missing:
             again = sum(its.rows for shard, its in zip(missing, sizes, strict=True) if shard in plan.recoded)
@@ -456,6 +461,7 @@ class CacheTeacher(Stage):
             "capture_seconds": round(seconds, 3),
             "rows_per_s": round(rows_computed / seconds, 1) if rows_computed else 0.0,
             "store_digest": store.digest(),
+            **({} if effect is None else {"dtype_effect": effect}),
         }
         failed = [outcome for outcome in outcomes if outcome.failure is not None]
         if failed:
@@ -483,6 +489,19 @@ class CacheTeacher(Stage):
             },
         )
         return StageResult(summary=summary, content=content)
+
+    def _dtype_effect(self, job: CaptureJob, shards: Sequence[int], context: StageContext) -> dict[str, Any] | None:
+        """What the compute dtype does to logits, on some rows of the first shard that the teacher is to run over."""
+        if self.dtype == "float32" or not self._teacher.has_head or not shards:
+            return None
+        from .capture import forget_teachers
+        from .dtype_effect import describe_effect, measure_dtype_effect
+
+        effect = measure_dtype_effect(job, self._teacher, shards[0])
+        context.progress.info(describe_effect(effect), **effect)
+        if not self._in_this_process:
+            forget_teachers()  # workers load their own
+        return effect
 
     @property
     def _in_this_process(self) -> bool:
