@@ -209,7 +209,12 @@ def resumable_checkpoint(stage: TrainingOptions, output_dir: Path | str) -> Path
     """
     if stage.resume_from_checkpoint is not None:
         return Path(stage.resume_from_checkpoint)
-    complete = [path for path in (Path(output_dir) / CHECKPOINTS).glob("checkpoint-*") if _is_complete(path)]
+    return newest_checkpoint(Path(output_dir) / CHECKPOINTS)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint in a folder that has the most steps, or None."""
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 

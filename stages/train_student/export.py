@@ -13,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...pipeline.artifact import atomic_write_bytes
 
+RECIPE = "recipe.yaml"
+"""The phases of a run that had several, as `--recipe` reads them."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,6 +33,8 @@ class Report:
         metrics: of the exported student.
         start_facts: what the start gave it.
         training: steps, rows, losses and speed.
+        phases: what came of each, where there were several.
+        recipe: the phases as a recipe file has them, or None.
         arguments: the resolved configuration.
         history: what the `Trainer` logged.
     """
@@ -50,6 +55,8 @@ class Report:
     metrics: Mapping[str, float]
     start_facts: Mapping[str, Any]
     training: dict[str, Any]
+    phases: list[dict[str, Any]]
+    recipe: Mapping[str, Any] | None
     arguments: Mapping[str, Any]
     history: list[dict[str, Any]]
 
@@ -63,8 +70,12 @@ class Report:
             "method": self.method,
             "num_parameters": self.num_parameters,
             **{name: self.training[name] for name in shown},
+            **({"phases": self._short_phases()} if self.phases else {}),
             **({"evaluated_on": self.evaluated_on, **self.metrics} if self.evaluated_on else {}),
         }
+
+    def _short_phases(self) -> dict[str, Any]:
+        return {facts["name"]: {"steps": facts["steps"], **facts["last_losses"]} for facts in self.phases}
 
     def content(self) -> dict[str, Any]:
         """The kind-specific part of the manifest."""
@@ -76,6 +87,7 @@ class Report:
             "view": list(self.views.values()),
             "seed": self.seed,
             "steps": self.training["steps"],
+            **({"phases": self.phases} if self.phases else {}),
             "budget": {
                 "max_steps": self.training["max_steps"],
                 "rows_per_step": self.training["rows_per_step"],
@@ -113,6 +125,7 @@ def export_run(
         "evaluated_on": report.evaluated_on,
         "metrics": dict(report.metrics),
         "training": report.training,
+        **({"phases": report.phases} if report.phases else {}),
         "start": dict(report.start_facts),
         "num_parameters": report.num_parameters,
         "history": report.history,
@@ -120,6 +133,9 @@ def export_run(
     atomic_write_bytes(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     resolved = yaml.safe_dump(dict(report.arguments), sort_keys=False, allow_unicode=True)
     atomic_write_bytes(folder / "resolved_config.yaml", resolved.encode())
+    if report.recipe is not None:
+        recipe = yaml.safe_dump(dict(report.recipe), sort_keys=False, allow_unicode=True)
+        atomic_write_bytes(folder / RECIPE, recipe.encode())
     atomic_write_bytes(folder / "README.md", model_card(report, model_type=student.config.model_type).encode())
 
 

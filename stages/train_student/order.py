@@ -29,6 +29,7 @@ class BatchOrder:
         accumulation: forward passes per optimiser step.
         num_ranks, rank: how many processes share a step, and which one this is.
         seed: of the run.
+        first_epoch: epochs that earlier phases have begun: this one goes on with others.
     """
 
     rows: np.ndarray
@@ -38,6 +39,7 @@ class BatchOrder:
     num_ranks: int = 1
     rank: int = 0
     seed: int = 0
+    first_epoch: int = 0
 
     def __post_init__(self) -> None:
         if len(self.rows) < self.num_slices:
@@ -55,7 +57,7 @@ class BatchOrder:
     @property
     def rows_per_step(self) -> int:
         """G; less than asked for where there are fewer rows."""
-        return min(self.batch_size * self.num_slices, len(self.rows) // self.num_slices * self.num_slices)
+        return rows_per_step(len(self.rows), self.batch_size, self.num_slices)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,6 +66,7 @@ class BatchOrder:
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """The rows [G] of every optimiser step of an epoch, over all ranks, from a step on."""
+        epoch += self.first_epoch
         batches = length_grouped_batches(
             self.lengths, batch_size=self.rows_per_step, seed=self.seed, epoch=epoch, first=first_step
         )
@@ -74,3 +77,8 @@ class BatchOrder:
         """The rows of this rank's forward passes, from a step of the epoch on."""
         for step in self.steps(epoch, first_step):
             yield from step.reshape(self.accumulation, self.num_ranks, -1)[:, self.rank]
+
+
+def rows_per_step(num_rows: int, batch_size: int, num_slices: int) -> int:
+    """Rows of an optimiser step that is cut into so many slices of at most `batch_size` rows."""
+    return min(batch_size * num_slices, num_rows // num_slices * num_slices)

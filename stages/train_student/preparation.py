@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import KdError, RefusedError, UsageError, VerificationError
 from ...pipeline.fingerprint import fingerprint
+from ...pipeline.ranks import launched
 from ...pipeline.store.signal import Signal
 from ...pipeline.store.view import View, open_view
 from ..corpus.corpus import Corpus, load_corpus
@@ -24,6 +27,8 @@ from ..corpus.source import DatasetSource
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
 from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
 from .methods.hard import Hard
+from .order import rows_per_step
+from .recipe import Phase, num_steps, read_recipe
 from .students import Start, Student, Task, TeacherFacts, parse_start, parse_student
 
 if TYPE_CHECKING:
@@ -52,7 +57,8 @@ class Preparation:
         teacher: facts from the first view's store.
         task: what is predicted.
         student, start: what is trained and from where.
-        terms: methods and weights; gold labels alone for a baseline.
+        recipe: the phases asked for; one without a name where --method says what to learn from.
+        phases: those that are trained; one on gold labels alone for a baseline.
         shapes: of both models.
         eval_corpus: labelled rows of --eval-dataset, or None.
     """
@@ -64,15 +70,49 @@ class Preparation:
     task: Task
     student: Student
     start: Start
-    terms: tuple[Term, ...]
+    recipe: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
     shapes: Shapes
     eval_corpus: Corpus | None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Methods and weights of all phases, one after another."""
+        return tuple(term for phase in self.phases for term in phase.terms)
 
     @cached_property
     def signals(self) -> tuple[Signal, ...]:
         """Teacher signals that the methods need, each once."""
-        needed = (signal for term in self.terms for signal in term.method.signals(self.shapes))
-        return tuple(dict.fromkeys(needed))
+        return tuple(dict.fromkeys(signal for phase in self.phases for signal in phase.signals(self.shapes)))
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step, where all rows but those held back are trained on."""
+        return self._rows_and_step[1]
+
+    @cached_property
+    def _rows_and_step(self) -> tuple[int, int]:
+        stage = self.stage
+        num_rows = int((~self.held_out).sum())
+        batch_size = stage.per_device_train_batch_size or int(
+            self.student.training.get("per_device_train_batch_size", 8)
+        )
+        return num_rows, rows_per_step(num_rows, batch_size, (stage.gradient_accumulation_steps or 1) * launched()[1])
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Optimiser steps of every phase that is trained.
+
+        The budget is that of the distilled run: a baseline, which has fewer rows, passes over them more often.
+        """
+        stage = self.stage
+        num_rows, of_step = self._rows_and_step
+        # With fewer rows than slices of a step nothing can be trained; whoever orders them says so.
+        steps_per_epoch = num_rows // max(of_step, 1)
+        epochs = stage.num_train_epochs or float(self.student.training.get("num_train_epochs", 3.0))
+        total = stage.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
+        steps = num_steps(self.recipe, total=total, steps_per_epoch=steps_per_epoch)
+        return (sum(steps),) if stage.baseline else steps
 
     @property
     def role(self) -> str:
@@ -81,8 +121,8 @@ class Preparation:
 
     @property
     def method(self) -> str:
-        """The methods as text, weights and options included."""
-        return ",".join(map(str, self.terms))
+        """The methods as text, weights and options included; those of one phase after those of another."""
+        return " > ".join(phase.method for phase in self.phases)
 
     @cached_property
     def has_gold(self) -> np.ndarray:
@@ -144,7 +184,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         RefusedError: inputs that do not fit together; signals that a view does not hold, with the command that adds
             them; no gold label where one is needed.
     """
-    wanted = parse_methods(stage.method)
+    wanted = parse_methods(stage.method) if stage.recipe is None else None
     student = parse_student(stage.student)
     start = student.default_start() if stage.init is None else parse_start(stage.init)
 
@@ -168,8 +208,10 @@ def prepare(stage: TrainStudent) -> Preparation:
         teacher_heads=teacher.num_heads,
     )
     reads_tokens = student.reads_teacher_tokens(teacher)
-    needed = _needed(wanted, shapes, stage.student, reads_tokens)
-    terms = (Term(1.0, Hard()),) if stage.baseline else wanted
+    with _naming_what_fits(shapes, stage.student, reads_tokens):
+        recipe = (Phase(terms=wanted, share=1.0),) if wanted else read_recipe(str(stage.recipe), stage, shapes)
+        needed = [signal for phase in recipe for signal in phase.signals(shapes)]
+    phases = (Phase(terms=(Term(1.0, Hard()),), share=1.0),) if stage.baseline else recipe
     prepared = Preparation(
         stage=stage,
         views=views,
@@ -178,7 +220,8 @@ def prepare(stage: TrainStudent) -> Preparation:
         task=task,
         student=student,
         start=start,
-        terms=terms,
+        recipe=recipe,
+        phases=phases,
         shapes=shapes,
         eval_corpus=_eval_corpus(stage, corpora[0].info, task),
     )
@@ -186,6 +229,7 @@ def prepare(stage: TrainStudent) -> Preparation:
     _check_coverage(prepared)
     _check_gold(prepared)
     _check_selection(prepared)
+    _ = prepared.steps
     return prepared
 
 
@@ -262,10 +306,11 @@ def _eval_corpus(stage: TrainStudent, info: CorpusInfo, task: Task) -> Corpus | 
     return corpus
 
 
-def _needed(terms: Sequence[Term], shapes: Shapes, student: str, reads_tokens: bool) -> list[Signal]:
-    """Signals of all methods; what does not fit the two models is refused with the methods that do."""
+@contextlib.contextmanager
+def _naming_what_fits(shapes: Shapes, student: str, reads_tokens: bool) -> Iterator[None]:
+    """A method that does not fit the two models is refused with those that do."""
     try:
-        return [signal for term in terms for signal in term.method.signals(shapes)]
+        yield
     except Unfit as error:
         fitting = ", ".join(fitting_methods(shapes, reads_teacher_tokens=reads_tokens))
         raise Unfit(

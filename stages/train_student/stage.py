@@ -42,6 +42,12 @@ class TrainStudent(TrainingOptions):
         metavar="METHOD,...",
         panel=STUDENT,
     )
+    recipe: str | None = option(
+        None,
+        help="Train in the phases of this YAML file, each with methods of its own, instead of --method.",
+        metavar="FILE",
+        panel=STUDENT,
+    )
     init: str | None = option(
         None,
         help="Start of the student: random, embeddings (the teacher's word table), vectors:FILE or layers:1+3+5. "
@@ -76,6 +82,16 @@ class TrainStudent(TrainingOptions):
             raise UsageError(f"--view names a view twice: {', '.join(self.view)}")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction is {self.validation_fraction:g}; expected 0 to below 1")
+        if self.recipe is not None and self.method != type(self).method:
+            raise UsageError(
+                "--method and --recipe exclude each other: the phases of a recipe have methods of their own",
+                fix="give one of them",
+            )
+        if self.recipe is not None and self.resume_from_checkpoint is not None:
+            raise UsageError(
+                "--resume-from-checkpoint cannot say which phase of --recipe it is from",
+                fix="leave it out: the same command goes on from the phase and step it stopped at",
+            )
         if self.eval_dataset is not None and self.validation_fraction:
             raise UsageError(
                 "--eval-dataset and --validation-fraction exclude each other: each says what to evaluate on",
@@ -88,8 +104,15 @@ class TrainStudent(TrainingOptions):
         return self.eval_dataset is not None or self.validation_fraction > 0
 
     def identity_config(self) -> dict[str, Any]:
-        """The fields that change the result: a rank's slice of a step counts as an accumulated forward pass."""
+        """The fields that change the result: a recipe's phases; a rank's slice of a step as an accumulated pass."""
         config = super().identity_config()
+        if self.recipe is None:
+            del config["recipe"]
+        else:
+            # What the file says counts, not where it is.
+            config["recipe"] = {
+                f"{number} {phase.name}": phase.to_config() for number, phase in enumerate(self.prepared.recipe, 1)
+            }
         _, count = launched()
         if count > 1:
             config["gradient_accumulation_steps"] = (self.gradient_accumulation_steps or 1) * count

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,10 @@ class Distillation(nn.Module):
         self.num_negatives = max((term.method.num_negatives(shapes) for term in terms), default=0)
         self.seed, self.epoch = 0, 0
 
+    def set_terms(self, terms: Sequence[Term]) -> None:
+        """Other weights, or other values of options that change no shape, for the same methods."""
+        self._terms = tuple(terms)
+
     def forward(
         self,
         inputs: Mapping[str, Tensor],
@@ -111,15 +114,15 @@ class StudentTrainer(Trainer):
     ) -> None:
         super().__init__(train_dataset=rows, eval_dataset=eval_rows, data_collator=_as_it_is, **arguments)
         threads = self.args.dataloader_num_workers
-        pinned = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
-        self.loader = BatchLoader(rows, order, first_step=first_step, threads=threads, pinned=pinned)
+        last_step = self.args.max_steps if self.args.max_steps > 0 else None
+        self.loader = BatchLoader(rows, order, first_step=first_step, last_step=last_step, threads=threads)
         self.clock = _Clock(order)
         self.add_callback(self.clock)
         self._score = score
         self._sums: dict[str, Tensor] = {}
         self._num_summed = 0
         self._side_group: Any = None
-        distillation = self._distillation
+        distillation = self.distillation
         distillation.seed = order.seed
         self._negatives = NegativeRows(rows, order, distillation.num_negatives) if distillation.num_negatives else None
         if order.rank:
@@ -132,19 +135,13 @@ class StudentTrainer(Trainer):
         """The loader; it is not prepared by accelerate, which would share its batches out again."""
         return self.loader
 
-    def _prepare_input(self, data: Any) -> Any:
-        if self.loader.pinned and isinstance(data, Tensor):
-            # The copy follows the steps that the device still has to do; nobody waits for it.
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
-
     # --- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted loss of a batch; its terms are kept for the log."""
-        self._distillation.epoch = self.state.global_step // self.loader.order.steps_per_epoch
+        self.distillation.epoch = self.state.global_step // self.loader.order.steps_per_epoch
         if self._negatives is not None:
             inputs = {**inputs, "negatives": self._negatives.drawn(self.state.global_step, self.args.device)}
         outputs = model(**inputs)
@@ -231,11 +228,11 @@ class StudentTrainer(Trainer):
     @property
     def student(self) -> PreTrainedModel:
         """The model that is trained, out of whatever wraps it."""
-        return self._distillation.student
+        return self.distillation.student
 
-    @cached_property
-    def _distillation(self) -> Distillation:
-        # Asked for in every step; to unwrap it, accelerate goes through all modules.
+    @property
+    def distillation(self) -> Distillation:
+        """It and its methods, out of whatever wraps them."""
         distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         assert isinstance(distillation, Distillation)
         return distillation
@@ -261,15 +258,10 @@ def predict_logits(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = batches[part[0] :: part[1]]
     logits_NC = np.zeros((len(rows), int(student.config.num_labels or 0)), np.float32)
-    pinned = torch.device(device).type == "cuda"
-    found = []
     with torch.inference_mode():
-        for batch in gather_ahead(rows, batches, pinned=pinned):
-            inputs = {name: tensor.to(device, non_blocking=pinned) for name, tensor in batch["inputs"].items()}
-            found.append(student(**inputs).logits.float())
-    if batches:
-        # All at once: on a GPU, every copy back waits until the device is idle.
-        logits_NC[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
+        for index, batch in zip(batches, gather_ahead(rows, batches), strict=True):
+            inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
+            logits_NC[index] = student(**inputs).logits.float().cpu().numpy()
     student.train(was_training)
     return logits_NC
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
@@ -24,12 +26,13 @@ from ...pipeline.stage import StageContext, StageResult
 from ..cache_teacher.tokenize import encode
 from ..corpus.corpus import Corpus
 from ..metrics import agreement, task_metrics
-from ..training_options import CHECKPOINTS, attach_progress, resumable_checkpoint
-from .export import Report, export_run
-from .methods.hard import Hard
+from ..training_options import attach_progress
+from .export import RECIPE, Report, export_run
 from .order import BatchOrder
+from .phases import CarriedProjections, PhaseCallback, facts_of, finish, phase_folder, reached, restore, training_only
 from .preparation import AGREEMENT, Preparation
 from .ranks import TrainingRanks
+from .recipe import OPTIONS, Phase
 from .rows import Rows, StoredTokens, StoreRows, TokensInMemory, TokenSource
 from .seen_rows import SeenRows
 from .trainer import Distillation, Metrics, StopAtSignal, StudentTrainer
@@ -43,22 +46,29 @@ class Data:
     """Rows to train and to evaluate on.
 
     Attributes:
-        rows: all rows of the views.
-        train: ints, rising: those that are trained on.
-        transfer: ints, rising: those that a distilled run of the same view trains on: they set the budget.
+        rows: all rows of the views, with the signals of all phases.
+        train: ints, rising: those that some phase trains on.
+        gold: ints, rising: those of them that a phase on gold labels alone trains on.
         evaluation: rows to evaluate on, or None.
         teacher_logits: float32 [E, C] of the evaluation rows, or None where the teacher may not judge.
     """
 
     rows: Rows
     train: np.ndarray
-    transfer: np.ndarray
+    gold: np.ndarray
     evaluation: Rows | None
     teacher_logits: np.ndarray | None
 
+    def train_in(self, phase: Phase) -> np.ndarray:
+        """ints, rising: the rows that a phase trains on.
+
+        Gold labels are all that some learn from: rows without one would only make their batches smaller.
+        """
+        return self.gold if phase.gold_alone else self.train
+
 
 def train_student(prepared: Preparation, context: StageContext, ranks: TrainingRanks | None = None) -> StageResult:
-    """Train as prepared, and write the run folder.
+    """Train as prepared, phase after phase, and write the run folder.
 
     Args:
         ranks: the processes that train together; None is this one alone. All of them call this, rank 0 writes.
@@ -69,31 +79,67 @@ def train_student(prepared: Preparation, context: StageContext, ranks: TrainingR
         KeyboardInterrupt: interrupted; a checkpoint of the last finished step was written.
     """
     stage = prepared.stage
-    checkpoint = resumable_checkpoint(stage, stage.output_dir)
+    place = reached(stage.output_dir, prepared.phases)
+    checkpoint = Path(stage.resume_from_checkpoint) if stage.resume_from_checkpoint is not None else place.checkpoint
     if ranks is not None:
-        ranks.require_alike({"inputs": prepared.fingerprints, "checkpoint": str(checkpoint)})
+        found = [*place.folders, checkpoint]
+        ranks.require_alike({"inputs": prepared.fingerprints, "checkpoint": ", ".join(map(str, found))})
     started = time.perf_counter()
     tokenizer = prepared.student.make_tokenizer(prepared.teacher, lambda: _texts(prepared))
     set_seed(stage.seed)
     build = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer)
     data = make_data(prepared, tokenizer, build.model)
-    trainer = make_trainer(prepared, build.model, data, checkpoint)
-    context.progress.estimate(_announcement(prepared, data, trainer), steps=trainer.args.max_steps)
-    attach_progress(trainer, context.progress, "training")
+    _limit_to_seen_rows(build.model, data)
+    context.progress.estimate(_announcement(prepared, data, build.model), steps=sum(prepared.steps))
 
-    with _stopping_at_interrupt(trainer) as interrupt:
-        trainer.add_callback(interrupt)
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
+    carried = restore(place.folders[-1], build.model) if place.folders else CarriedProjections()
+    done = [facts_of(folder) for folder in place.folders]
+    if done:
+        context.progress.info(f"training: phases already done: {', '.join(facts['name'] for facts in done)}")
+    for number in range(len(done), len(prepared.phases)):
+        if number:
+            # A phase draws the same however often what is before it was interrupted.
+            set_seed(stage.seed + number)
+        trainer = make_trainer(prepared, build.model, data, checkpoint, number=number, carried=carried)
+        train_loss, stopped = _train(prepared, trainer, context, number, checkpoint)
+        checkpoint = None
+        facts = _phase_facts(prepared, trainer, data, number, train_loss)
+        done.append(facts)
+        if number + 1 < len(prepared.phases):
+            carried.take(trainer.distillation, prepared.phases[number], prepared.phases[number + 1 :])
+            if trainer.is_world_process_zero():
+                finish(phase_folder(stage.output_dir, prepared.phases, number), trainer.student, carried, facts)
+            if stopped:
+                raise KeyboardInterrupt
     metrics = _final_metrics(trainer, data)
     student = whole(trainer.student)
-    report = _report(prepared, data, trainer, metrics, build.start, float(result.training_loss))
+    report = _report(prepared, data, trainer, metrics, build.start, done)
     report.training["unknown_tokens"] = _unknown_share(tokenizer, data)
     report.training["seconds"] = round(time.perf_counter() - started, 3)
     if trainer.is_world_process_zero():
         export_run(stage.output_dir, student, tokenizer, report)
     return StageResult(summary=report.summary(), content=report.content())
+
+
+def _train(
+    prepared: Preparation, trainer: StudentTrainer, context: StageContext, number: int, checkpoint: Path | None
+) -> tuple[float, bool]:
+    """Train one phase to its end: its mean loss, and whether an interrupt came in its last step.
+
+    Raises:
+        KeyboardInterrupt: it came before.
+    """
+    phase, count = prepared.phases[number], len(prepared.phases)
+    name = "training" if count == 1 else f"phase {number + 1}/{count} {phase.name}"
+    attach_progress(trainer, context.progress, name)
+    distillation = trainer.distillation
+    with training_only(distillation, phase.trainable), _stopping_at_interrupt(trainer) as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.add_callback(PhaseCallback(phase, distillation, prepared.shapes.student_layers))
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    return float(result.training_loss), interrupt.stopped
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -117,13 +163,11 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         stored=stored if prepared.signals else None,
         signals=prepared.signals,
     )
-    is_transfer = ~prepared.held_out
-    # Gold labels are all that such a run learns from: rows without one would only make its batches smaller.
-    gold_alone = all(isinstance(term.method, Hard) for term in prepared.terms)
-    is_train = is_transfer & prepared.has_gold if gold_alone else is_transfer
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
-    transfer = _numbers(is_transfer)
-    return Data(rows, _numbers(is_train) if gold_alone else transfer, transfer, evaluation, teacher_logits)
+    gold = _numbers(~prepared.held_out & prepared.has_gold)
+    gold_alone = all(phase.gold_alone for phase in prepared.phases)
+    train = gold if gold_alone else _numbers(~prepared.held_out)
+    return Data(rows, train, gold, evaluation, teacher_logits)
 
 
 def _numbers(chosen_N: np.ndarray) -> np.ndarray:
@@ -190,22 +234,31 @@ def _takes_segments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def make_trainer(
-    prepared: Preparation, model: PreTrainedModel, data: Data, checkpoint: Path | None = None
+    prepared: Preparation,
+    model: PreTrainedModel,
+    data: Data,
+    checkpoint: Path | None = None,
+    *,
+    number: int = 0,
+    carried: CarriedProjections | None = None,
 ) -> StudentTrainer:
-    """The `Trainer` of a run, its number of steps settled.
+    """The `Trainer` of a phase.
 
-    The budget is that of the distilled run: a baseline, which has fewer rows, passes over them more often.
+    Args:
+        number: of the phase, from 0.
+        carried: projections that earlier phases hand on.
     """
-    stage, student = prepared.stage, prepared.student
-    has_eval = data.evaluation is not None
+    phase, student = prepared.phases[number], prepared.student
+    stage = phase.stage(prepared.stage)
+    evaluates = data.evaluation is not None and phase.selects
     selection = (
         {"metric_for_best_model": prepared.best_metric, "greater_is_better": prepared.best_is_greatest}
-        if has_eval
+        if evaluates
         else {}
     )
     args = stage.training_arguments(
-        output_dir=Path(stage.output_dir) / CHECKPOINTS,
-        has_eval=has_eval,
+        output_dir=phase_folder(stage.output_dir, prepared.phases, number),
+        has_eval=evaluates,
         **{
             "optim": "adamw_torch_fused",
             "per_device_eval_batch_size": 64,
@@ -221,27 +274,44 @@ def make_trainer(
     )
     # Several GPUs are for several ranks; one process uses one, not DataParallel, which knows nothing of the order.
     args._n_gpu = min(args.n_gpu, 1)
-    order, transfer = (_order(args, data.rows, index) for index in (data.train, data.transfer))
-    if args.max_steps <= 0:
-        args.max_steps = max(1, math.ceil(args.num_train_epochs * transfer.steps_per_epoch))
+    args.max_steps = prepared.steps[number]
     first_step = 0
     if checkpoint is not None:
         first_step = int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])
+    if first_step >= args.max_steps:
+        # Interrupted after its last step: what that epoch's end brings has been.
+        args.eval_strategy, args.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
 
+    rows = data.rows
+    if len(prepared.phases) > 1:
+        signals = phase.signals(prepared.shapes)
+        rows = dataclasses.replace(rows, signals=signals, stored=rows.stored if signals else None)
     _limit_to_seen_rows(model, data)
-    distillation = Distillation(model, student, prepared.terms, prepared.shapes)
+    distillation = Distillation(model, student, phase.terms, prepared.shapes)
+    if carried is not None:
+        carried.give(distillation, phase)
     trainer = StudentTrainer(
         model=distillation,
         args=args,
-        rows=data.rows,
-        order=order,
+        rows=rows,
+        order=_phase_order(prepared, args, data, number),
         first_step=first_step,
         eval_rows=data.evaluation,
         score=None if data.evaluation is None else _scorer(prepared, data),
     )
+    if number:
+        # The Trainer has set the seed of the run.
+        set_seed(args.seed + number + args.process_index * len(prepared.phases))
     if stage.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(stage.early_stopping_patience))
     return trainer
+
+
+def _phase_order(prepared: Preparation, args: TrainingArguments, data: Data, number: int) -> BatchOrder:
+    """The order of a phase: it goes on with the epochs after those that earlier ones have begun."""
+    orders = [_order(args, data.rows, data.train_in(phase)) for phase in prepared.phases[: number + 1]]
+    begun = [math.ceil(steps / order.steps_per_epoch) for steps, order in zip(prepared.steps, orders, strict=False)]
+    return dataclasses.replace(orders[number], first_epoch=sum(begun[:number]))
 
 
 def _order(args: TrainingArguments, rows: Rows, index: np.ndarray) -> BatchOrder:
@@ -317,13 +387,46 @@ def _stopping_at_interrupt(trainer: StudentTrainer) -> Iterator[StopAtSignal]:
 # --- what came of it ---------------------------------------------------------------------------------------------
 
 
-def _announcement(prepared: Preparation, data: Data, trainer: StudentTrainer) -> str:
-    parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
+def _announcement(prepared: Preparation, data: Data, model: PreTrainedModel) -> str:
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    phases = ""
+    if len(prepared.phases) > 1:
+        listed = zip(prepared.phases, prepared.steps, strict=True)
+        phases = f" in {len(prepared.phases)} phases ({', '.join(f'{p.name} {steps}' for p, steps in listed)})"
     return (
-        f"{prepared.role} {prepared.stage.student} from {prepared.start}: {trainer.args.max_steps} steps of "
-        f"{trainer.loader.order.rows_per_step} rows out of {len(data.train)}, {parameters / 1e6:.2f} M trainable "
-        f"parameters, method {prepared.method}"
+        f"{prepared.role} {prepared.stage.student} from {prepared.start}: {sum(prepared.steps)} steps{phases} of "
+        f"{prepared.rows_per_step} rows out of {len(data.train)}, {parameters / 1e6:.2f} M trainable parameters, "
+        f"method {prepared.method}"
     )
+
+
+def _phase_facts(
+    prepared: Preparation, trainer: StudentTrainer, data: Data, number: int, train_loss: float
+) -> dict[str, Any]:
+    """What came of a phase, JSON-ready."""
+    phase, state, clock, order = prepared.phases[number], trainer.state, trainer.clock, trainer.loader.order
+    if not np.isfinite(train_loss):
+        raise RefusedError(
+            "training diverged: the mean loss is not finite",
+            fix="lower --learning-rate, or clip with --max-grad-norm",
+        )
+    losses = [entry for entry in state.log_history if "loss" in entry]
+    return {
+        "name": phase.name,
+        "method": phase.method,
+        "steps": state.global_step,
+        "max_steps": state.max_steps,
+        "epochs": round(state.global_step / order.steps_per_epoch, 3),
+        "rows": len(data.train_in(phase)),
+        "rows_per_step": order.rows_per_step,
+        "learning_rate": trainer.args.learning_rate,
+        "trainable": "all" if phase.trainable is None else [part.text for part in phase.trainable],
+        "best_step": state.best_global_step or None,
+        "train_loss": train_loss,
+        "last_losses": {name: value for name, value in losses[-1].items() if name.startswith("loss")} if losses else {},
+        "session": {"steps": clock.num_steps, "step_s": clock.step_s, "wait_s": trainer.loader.wait_s},
+        "history": list(state.log_history),
+    }
 
 
 def _final_metrics(trainer: StudentTrainer, data: Data) -> Metrics:
@@ -341,16 +444,12 @@ def _report(
     trainer: StudentTrainer,
     metrics: Metrics,
     start_facts: Any,
-    train_loss: float,
+    phases: list[dict[str, Any]],
 ) -> Report:
-    stage, state, order = prepared.stage, trainer.state, trainer.loader.order
-    clock, wait_s = trainer.clock, trainer.loader.wait_s
-    busy_s = clock.step_s + wait_s
-    if not np.isfinite(train_loss):
-        raise RefusedError(
-            "training diverged: the mean loss is not finite",
-            fix="lower --learning-rate, or clip with --max-grad-norm",
-        )
+    stage, last = prepared.stage, phases[-1]
+    order = trainer.loader.order
+    session = {name: sum(facts["session"][name] for facts in phases) for name in last["session"]}
+    busy_s, wait_s = session["step_s"] + session["wait_s"], session["wait_s"]
     info = prepared.corpora[0].info
     return Report(
         role=prepared.role,
@@ -369,24 +468,41 @@ def _report(
         metrics=metrics,
         start_facts=dict(start_facts),
         training={
-            "steps": state.global_step,
-            "max_steps": state.max_steps,
-            "epochs": round(state.global_step / order.steps_per_epoch, 3),
+            "steps": sum(facts["steps"] for facts in phases),
+            "max_steps": sum(facts["max_steps"] for facts in phases),
+            "epochs": round(sum(facts["epochs"] for facts in phases), 3),
             "rows": len(data.train),
             "rows_with_gold": int(data.rows.has_gold[data.train].sum()),
             "rows_per_step": order.rows_per_step,
             "ranks": order.num_ranks,
-            "best_step": state.best_global_step or None,
+            "best_step": last["best_step"],
             "best_metric": prepared.best_metric if data.evaluation is not None else None,
-            "train_loss": train_loss,
-            "steps_this_session": clock.num_steps,
-            "step_ms": round(1e3 * busy_s / max(clock.num_steps, 1), 3),
-            "rows_per_s": round(clock.num_steps * order.rows_per_step / busy_s, 1) if busy_s else 0.0,
+            "train_loss": last["train_loss"],
+            "steps_this_session": session["steps"],
+            "step_ms": round(1e3 * busy_s / max(session["steps"], 1), 3),
+            "rows_per_s": round(session["steps"] * order.rows_per_step / busy_s, 1) if busy_s else 0.0,
             "reader_wait_share": round(wait_s / busy_s, 5) if busy_s else 0.0,
         },
+        phases=[
+            {name: value for name, value in facts.items() if name not in ("session", "history")} for facts in phases
+        ]
+        if len(phases) > 1
+        else [],
+        recipe=_resolved_recipe(prepared, phases) if stage.recipe is not None and not stage.baseline else None,
         arguments=_resolved(prepared, trainer),
-        history=list(state.log_history),
+        history=_history(phases),
     )
+
+
+def _history(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged, steps counted over all phases."""
+    if len(phases) == 1:
+        return list(phases[0]["history"])
+    entries, done = [], 0
+    for facts in phases:
+        entries += [{**entry, "phase": facts["name"], "step": entry["step"] + done} for entry in facts["history"]]
+        done += facts["steps"]
+    return entries
 
 
 def _unknown_share(tokenizer: PreTrainedTokenizerBase, data: Data) -> float | None:
@@ -399,9 +515,30 @@ def _unknown_share(tokenizer: PreTrainedTokenizerBase, data: Data) -> float | No
 
 def _resolved(prepared: Preparation, trainer: StudentTrainer) -> dict[str, Any]:
     """The stage's configuration with everything that was left open filled in; `--config` reads it."""
-    config = prepared.stage.config()
+    stage = prepared.stage
+    config = stage.config()
+    # What phases may decide for themselves is filled in where they stand: in the recipe beside it.
+    of_phases = {*OPTIONS, "num_train_epochs"} if stage.recipe is not None else set()
     for name in [name for name, value in config.items() if value is None and hasattr(trainer.args, name)]:
-        value = getattr(trainer.args, name)
-        value = value.value if isinstance(value, Enum) else value
-        config[name] = ",".join(value) or "none" if isinstance(value, list) else value
-    return {**config, "init": str(prepared.start), "method": [str(term) for term in prepared.terms]}
+        if name not in of_phases:
+            value = getattr(trainer.args, name)
+            value = value.value if isinstance(value, Enum) else value
+            config[name] = ",".join(value) or "none" if isinstance(value, list) else value
+    config["init"] = str(prepared.start)
+    if stage.recipe is None:
+        config["method"] = [str(term) for term in prepared.terms]
+    elif stage.baseline:
+        config |= {"recipe": None, "max_steps": sum(prepared.steps)}
+    else:
+        config["recipe"] = str(Path(stage.output_dir) / RECIPE)
+        config |= {"max_steps": None, "num_train_epochs": None}
+    return config
+
+
+def _resolved_recipe(prepared: Preparation, phases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe with one entry per phase, its steps and learning rate filled in."""
+    entries = []
+    for phase, facts in zip(prepared.phases, phases, strict=True):
+        config = {name: value for name, value in phase.to_config().items() if name not in ("share", "num_train_epochs")}
+        entries.append({**config, "max_steps": facts["max_steps"], "learning_rate": facts["learning_rate"]})
+    return {"name": Path(str(prepared.stage.recipe)).stem, "phases": entries}

@@ -197,6 +197,27 @@ def test_a_killed_run_resumes_bit_for_bit(
     ]
 
 
+def test_a_run_killed_after_its_last_step_trains_no_further(
+    view: Any, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.stages.train_student import training
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "export_run", kill)
+        with pytest.raises(Killed):
+            train(view, run, **FULL)
+    assert (run / "checkpoints" / "checkpoint-30").is_dir()
+    with monkeypatch.context() as patched:
+        dies_at(1, patched, kill)
+        train(view, run, **FULL)
+    assert (run / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    assert losses_of(run) == losses_of(undisturbed)
+
+
 def test_the_export_holds_no_projection(undisturbed: Path) -> None:
     assert not [name for name in load_file(undisturbed / "model.safetensors") if "projection" in name]
 
