@@ -1,242 +1,269 @@
-"""Reading shuffled batches from a store, beside three other ways to read the same rows.
+"""Reading random batches of 64 rows from a store, beside other formats and beside bare copies of rows in memory.
 
-    python benchmarks/read.py [--rows 67349] [--batches 300] [--rounds 5] [--folder DIR]
+    python benchmarks/read.py [--quick] [--rows 20000] [--batches 200] [--rounds 5] [--formats kd,copies,...]
 
-Same rows, same order, same output: logits [64, 3] float32, and hidden.tok as padded [64, T, 384] float16.
-- datasets: a `save_to_disk` folder of the same ragged [n, 384] rows, torch format, padded.
-- flat: the same with each row flattened to a list of n * 384 numbers and reshaped by hand, its fastest form.
-- zarr: one read of the store's own array per row, through zarr-python.
-- copies: rows of one array in memory copied one by one, what no reader can be expected to beat by much.
-Ways take turns within a round, so a machine that slows down slows all of them; figures are medians over rounds.
-Lengths are drawn like those of SST-2 in word pieces: 3 to 66, mean 13.5.
+Same rows, same order, same numbers, checked on a batch before anything is timed; `formats.py` has the ways. Every way
+runs in a process of its own, which holds its files open, and has a turn in every round.
+- warm: all files are in the page cache; of two processes, time is until both are done, with other rows each.
+- cold: before a turn all readers are closed, one opens its files, and they are thrown out of the page cache. How much
+  of them the kernel still holds (`mincore`) is printed; where that is more than 2 % it was not cold, and it says so.
+Slow ways read fewer batches; row reads through zarr read the first 8 rows of a batch, which count eightfold.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from formats import CASES, FORMATS, Array, Corpus, make_store
 from report import Figure, Timed, compared, finish, take_turns
 
-from kd.pipeline.ragged import Ragged, offsets_of, ranges
-from kd.pipeline.store import Signal, StoreIdentity, StoreReader, TeacherStore, array_spec, create_or_open
-
-BATCH, LABELS, HIDDEN = 64, 3, 384
-LOGITS, TOKENS = Signal("logits"), Signal("hidden.tok", 6)
-TARGETS = {
-    "logits": {"datasets": 10.0, "zarr": 100.0},
-    "hidden.tok@6": {"datasets": 10.0, "zarr": 100.0, "copies": 0.8},
-    "hidden.tok@6 bucketed": {"copies": 0.8},
-}
-Batches = list[np.ndarray[Any, Any]]
+BATCH = 64
+AT_LEAST = {"datasets": 10.0, "zarr": 100.0}
+SHARE_OF_COPIES = 0.8
+"""Of `hidden.tok`: other signals are too small for the copying to matter."""
+BATCHES_LESS = {"datasets": 20, "datasets flat": 10, "zarr": 100, "parquet": 20, "parquet blobs": 10}
+"""Slow ways read so many times fewer batches a turn."""
+ZARR_ROWS = 8
+IN_TWO = ("kd", "copies", "datasets")
+NOT_COLD = 0.02
 
 
-def make_store(folder: Path, lengths: np.ndarray[Any, Any], rng: np.random.Generator) -> TeacherStore:
-    """A store of random rows, captured from no teacher."""
-    identity = StoreIdentity(teacher={"digest": "none"}, tokenizer={"digest": "none"}, capture={"benchmark": "read"})
-    store = create_or_open(folder, identity)
-    ids = Ragged.from_lengths(rng.integers(0, 30000, int(lengths.sum())), lengths)
-    store.allocate(ids)
-    specs = [array_spec(LOGITS, LABELS), array_spec(TOKENS, HIDDEN)]
-    store.declare(specs)
-    for shard, todo in store.missing(specs).items():
-        rows = store.read_tokens(shard)
-        writer, slots = store.writer(shard, todo), np.arange(len(rows.rows))
-        writer.put_rows(LOGITS, slots, rng.standard_normal((len(slots), LABELS), dtype=np.float32))
-        total = len(rows.token_ids.values)
-        # Every finite float16, equally often.
-        writer.put_tokens(TOKENS, slots, rng.integers(0, 0x7C00, (total, HIDDEN), dtype=np.uint16).view(np.float16))
-        writer.commit()
-    return store
+class Reader:
+    """One way in a process of its own."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, folder), daemon=True)
+        self.process.start()
+
+    def ask(self, *question: Any) -> Any:
+        self.send(*question)
+        return self.answer()
+
+    def send(self, *question: Any) -> None:
+        self.connection.send(question)
+
+    def answer(self) -> Any:
+        """What it answers; ImportError where its library is not installed."""
+        found = self.connection.recv()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.join(5)
 
 
-class Ways:
-    """The same batches, read in different ways. Every way takes row positions 0..N-1."""
+def _serve(connection: Connection, name: str, folder: Path) -> None:
+    way: Any = None
+    while True:
+        try:
+            verb, *details = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = None
+            if verb == "open":
+                way = None  # closes its files before they are opened again
+                way = FORMATS[name](folder, details[0])
+            elif verb == "close":
+                way = None
+            elif verb == "batch":
+                answer = way.read(details[0])
+            else:
+                started = time.perf_counter()
+                for batch in details[0]:
+                    way.read(batch)
+                answer = time.perf_counter() - started
+            connection.send(answer)
+        except Exception as error:
+            connection.send(ImportError(str(error)) if isinstance(error, ImportError) else RuntimeError(repr(error)))
 
-    def __init__(self, store: TeacherStore, lengths: np.ndarray[Any, Any], folder: Path) -> None:
-        self.reader: StoreReader = store.reader()
-        keys_of_all = np.concatenate([store.read_tokens(shard).rows for shard in range(store.catalogue().num_shards)])
-        self.rows, self.lengths = keys_of_all, self.reader.lengths(keys_of_all)
-        assert sorted(self.lengths) == sorted(lengths)
-        self.starts = offsets_of(self.lengths)
-        self.logits = self.reader.gather(LOGITS, self.rows)
-        parts = [self._tokens(chunk) for chunk in np.array_split(np.arange(len(self.rows)), len(self.rows) // 4096 + 1)]
-        self.tokens = np.concatenate(parts)
-        self.out = np.empty(BATCH * int(self.lengths.max()) * HIDDEN, dtype=np.float16)
-        _, first, _ = self.reader.index.locate(self.rows)
-        self.zarr_starts = self.rows // store.layout.rows_per_shard * store.layout.tokens_per_shard + first
-        self._open_zarr(store)
-        self._open_datasets(folder)
 
-    def _tokens(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        values, lengths = self.reader.gather_tokens(TOKENS, self.rows[positions])
-        return Ragged.from_padded(values, lengths).values
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files that a way reads."""
+    where = {"kd": "kd", "zarr": "kd"}.get(name, name.replace(" ", "").replace("parquetb", "parquet-b"))
+    place = folder / where
+    return [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
 
-    def _open_zarr(self, store: TeacherStore) -> None:
-        import zarr
 
-        self.zarr_logits, self.zarr_tokens = (
-            zarr.open_array(f"{store.files.address}/{store.spec(signal).path}", mode="r") for signal in (LOGITS, TOKENS)
-        )
+def evict(files: Sequence[Path]) -> float:
+    """Throw files out of the page cache, and return the share of their pages that the kernel still holds."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    held = pages = 0
+    for path in files:
+        if path.stat().st_size:
+            there = _resident(path)
+            held, pages = held + int(there.sum()), pages + len(there)
+    return held / max(1, pages)
 
-    def _open_datasets(self, folder: Path) -> None:
-        import datasets
-        import pyarrow as pa
-        import torch
 
-        datasets.disable_progress_bars()
-        numbers = pa.array(self.tokens.reshape(-1))
-        table = pa.table(
-            {
-                "logits": pa.FixedSizeListArray.from_arrays(pa.array(self.logits.reshape(-1)), LABELS),
-                "tokens": pa.LargeListArray.from_arrays(
-                    pa.array(self.starts), pa.FixedSizeListArray.from_arrays(numbers, HIDDEN)
-                ),
-                "flat": pa.LargeListArray.from_arrays(pa.array(self.starts * HIDDEN), numbers),
+def _resident(path: Path) -> Array:
+    """[pages] bool: which pages of a file are in memory."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as mapped:
+        there = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        view = np.frombuffer(mapped, np.uint8)
+        address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view))
+        failed = ctypes.CDLL(None, use_errno=True).mincore(address, length, ctypes.c_void_p(there.ctypes.data))
+        del view
+    assert not failed, os.strerror(ctypes.get_errno())
+    return (there & 1).astype(bool)
+
+
+class Turns:
+    """Batches in random order, a part of them for every turn, so that no turn reads what the one before it read."""
+
+    def __init__(self, num_rows: int, num_batches: int) -> None:
+        self._rng, self._num_rows, self._num_batches = np.random.default_rng(1), num_rows, num_batches
+        self.seen: list[Array] = []
+
+    def next(self, name: str) -> list[Array]:
+        count = max(2, self._num_batches // BATCHES_LESS.get(name, 2 if name in ("litdata", "streaming") else 1))
+        rows = self._rng.integers(self._num_rows, size=(count, BATCH))
+        return [batch[:ZARR_ROWS] for batch in rows] if name == "zarr" else [*rows]
+
+
+def turn(readers: Sequence[Reader], turns: Turns) -> Callable[[], Timed]:
+    """Seconds a batch: of one process, or of several that read at once."""
+    name = readers[0].name
+
+    def go() -> Timed:
+        parts = [turns.next(name) for _ in readers]
+        for reader, part in zip(readers, parts, strict=True):
+            reader.send("read", part)
+        slowest = max(reader.answer() for reader in readers)
+        eightfold = BATCH / ZARR_ROWS if name == "zarr" else 1
+        return Timed(slowest * eightfold / sum(map(len, parts)))
+
+    return go
+
+
+def cold_turn(reader: Reader, turns: Turns, files: Sequence[Path], signals: Sequence[str], held: list[float]) -> Any:
+    """The same with nothing in the page cache; the share that was there in spite of all goes into `held`.
+
+    All other readers are closed: the kernel keeps the pages that somebody has mapped.
+    """
+    warm = turn([reader], turns)
+
+    def go() -> Timed:
+        reader.ask("open", signals)
+        held.append(evict(files))
+        spent = warm()
+        reader.ask("close")
+        return spent
+
+    return go
+
+
+def opened(folder: Path, names: Sequence[str], notes: list[str]) -> Iterator[Reader]:
+    """A process for each way whose library is there; a note for every other."""
+    for name in names:
+        reader = Reader(name, folder)
+        try:
+            reader.ask("open", CASES["logits"])
+        except ImportError as error:
+            notes.append(f"{name}: not installed ({error})")
+            reader.end()
+            continue
+        yield reader
+
+
+def write_formats(folder: Path, names: Sequence[str], notes: list[str]) -> list[str]:
+    """Write the rows in every format that can be, and return the ways that there are."""
+    corpus, there = Corpus(folder), []
+    for name in names:
+        try:
+            if write := getattr(FORMATS[name], "write", None):
+                write(folder, corpus)
+            there.append(name)
+        except ImportError as error:
+            notes.append(f"{name}: not installed ({error})")
+    os.sync()
+    return there
+
+
+def compare(case: str, seconds: dict[str, list[float]], *, targets: bool) -> list[Figure]:
+    at_least = AT_LEAST | ({"copies": SHARE_OF_COPIES} if case.startswith("hidden.tok") else {})
+    return compared(case, seconds, unit="us/batch", number=lambda s: s * 1e6, at_least=at_least if targets else None)
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
+    notes: list[str] = []
+    make_store(folder, options.rows)
+    names = write_formats(folder, options.formats.split(","), notes)
+    readers = list(opened(folder, names, notes))
+    second = [] if options.quick else [Reader(reader.name, folder) for reader in readers if reader.name in IN_TWO]
+    turns, figures = Turns(options.rows, options.batches), list[Figure]()
+    some = np.random.default_rng(2).integers(options.rows, size=BATCH)
+    for case, signals in CASES.items():
+        for reader in (*readers, *second):
+            reader.send("open", signals)
+        for reader in (*readers, *second):
+            reader.answer()
+        expected = readers[0].ask("batch", some)
+        for reader in readers[1:]:
+            for mine, kd in zip(reader.ask("batch", some), expected, strict=True):
+                np.testing.assert_array_equal(mine, kd, err_msg=f"{case}, {reader.name}")
+        seconds = take_turns({reader.name: turn([reader], turns) for reader in readers}, options.rounds)
+        figures += compare(case, seconds, targets=True)
+        pairs = {one.name: turn([one, two], turns) for one in readers for two in second if one.name == two.name}
+        if pairs:
+            figures += compare(f"{case}, 2 processes", take_turns(pairs, options.rounds), targets=True)
+        if case in options.cold:
+            for reader in (*readers, *second):
+                reader.ask("close")
+            held: dict[str, list[float]] = {reader.name: [] for reader in readers if reader.name != "copies"}
+            cold = {
+                reader.name: cold_turn(reader, turns, files_of(folder, reader.name), signals, held[reader.name])
+                for reader in readers
+                if reader.name in held
             }
-        )
-        datasets.Dataset(table).save_to_disk(folder)
-        on_disk = datasets.load_from_disk(folder)
-        self.datasets_logits = on_disk.select_columns(["logits"]).with_format("torch")
-        self.flat_tokens = on_disk.select_columns(["flat"]).with_format("torch", dtype=torch.float16)
-        self.datasets_tokens = on_disk.select_columns(["tokens"]).with_format("torch", dtype=torch.float16)
-
-    def logits_kd(self, batch: np.ndarray[Any, Any]) -> Any:
-        return self.reader.gather(LOGITS, self.rows[batch])
-
-    def logits_copies(self, batch: np.ndarray[Any, Any]) -> Any:
-        out = np.empty((len(batch), LABELS), dtype=np.float32)
-        for i, row in enumerate(batch.tolist()):
-            out[i] = self.logits[row]
-        return out
-
-    def logits_datasets(self, batch: np.ndarray[Any, Any]) -> Any:
-        return self.datasets_logits[batch.tolist()]["logits"]
-
-    def logits_zarr(self, batch: np.ndarray[Any, Any]) -> Any:
-        return np.stack([self.zarr_logits[row] for row in self.rows[batch].tolist()])
-
-    def tokens_kd(self, batch: np.ndarray[Any, Any]) -> Any:
-        return self.reader.gather_tokens(TOKENS, self.rows[batch], out=self.out)[0]
-
-    def tokens_copies(self, batch: np.ndarray[Any, Any]) -> Any:
-        out = self._padded(batch)
-        starts, lengths = self.starts[batch].tolist(), self.lengths[batch].tolist()
-        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            out[i, :length] = self.tokens[start : start + length]
-            out[i, length:] = 0
-        return out
-
-    def tokens_unpadded(self, batch: np.ndarray[Any, Any]) -> Any:
-        """Less work than the others do: the rows one after another, no padding written."""
-        positions = ranges(self.starts[batch], self.lengths[batch])
-        out = self.out[: len(positions) * HIDDEN].reshape(-1, HIDDEN)
-        return np.take(self.tokens, positions, axis=0, out=out, mode="clip")
-
-    def tokens_datasets(self, batch: np.ndarray[Any, Any]) -> Any:
-        from torch.nn.utils.rnn import pad_sequence
-
-        return pad_sequence(self.datasets_tokens[batch.tolist()]["tokens"], batch_first=True)
-
-    def tokens_flat(self, batch: np.ndarray[Any, Any]) -> Any:
-        from torch.nn.utils.rnn import pad_sequence
-
-        rows = self.flat_tokens[batch.tolist()]["flat"]
-        return pad_sequence([row.view(-1, HIDDEN) for row in rows], batch_first=True)
-
-    def tokens_zarr(self, batch: np.ndarray[Any, Any]) -> Any:
-        out = self._padded(batch)
-        out[...] = 0
-        starts, lengths = self.zarr_starts[batch].tolist(), self.lengths[batch].tolist()
-        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            out[i, :length] = self.zarr_tokens[start : start + length]
-        return out
-
-    def _padded(self, batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        width = int(self.lengths[batch].max())
-        return self.out[: len(batch) * width * HIDDEN].reshape(len(batch), width, HIDDEN)
-
-
-def measure(
-    ways: dict[str, Callable[[np.ndarray[Any, Any]], Any]], batches: Batches, counts: dict[str, int], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds per batch of each way and round; a round reads other batches than the one before."""
-
-    def reading(name: str, read: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[], Timed]:
-        turn = iter(range(rounds + 1))
-
-        def go() -> Timed:
-            start = next(turn) * counts[name] % max(1, len(batches) - counts[name])
-            chosen = batches[start : start + counts[name]]
-            started = time.perf_counter()
-            for batch in chosen:
-                read(batch)
-            return Timed((time.perf_counter() - started) / len(chosen))
-
-        return go
-
-    return take_turns({name: reading(name, read) for name, read in ways.items()}, rounds)
-
-
-def check_equal(ways: dict[str, Callable[[np.ndarray[Any, Any]], Any]], batch: np.ndarray[Any, Any]) -> None:
-    """All ways give the same numbers."""
-    expected = np.array(ways["kd"](batch))
-    for name, read in ways.items():
-        if name != "unpadded":
-            np.testing.assert_array_equal(np.asarray(read(batch)), expected, err_msg=name)
+            figures += compare(f"{case}, cold", take_turns(cold, max(1, options.rounds // 2)), targets=False)
+            for name, shares in held.items():
+                said = "" if max(shares) <= NOT_COLD else ": could not be made cold"
+                notes.append(f"{case}, cold, {name}: at most {max(shares):.1%} still in the page cache{said}")
+    for reader in (*readers, *second):
+        reader.end()
+    settings = {"rows": options.rows, "batch": BATCH, "batches": options.batches, "rounds": options.rounds}
+    finish("read", figures, settings, notes=notes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=67349, help="rows in the store (SST-2 has 67,349)")
-    parser.add_argument("--batches", type=int, default=300, help="batches a fast way reads per round")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one warm-up")
-    parser.add_argument("--folder", type=Path, help="where to build the store (default: a temporary folder)")
+    parser.add_argument("--rows", type=int, help="rows in the store: 20,000, or 2,000 with --quick")
+    parser.add_argument("--batches", type=int, help="batches that a fast way reads per turn: 200, or 50 with --quick")
+    parser.add_argument("--rounds", type=int, help="timed rounds after one that warms up: 5, or 2 with --quick")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="ways to compare; the first is always kd")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds, one process, cold of one case")
+    parser.add_argument("--folder", type=Path, help="where to write the files (default: a temporary folder)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        run(Path(folder), options.rows, options.batches, options.rounds)
-
-
-def run(folder: Path, num_rows: int, num_batches: int, rounds: int) -> None:
-    rng = np.random.default_rng(0)
-    lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, num_rows)).astype(np.int64) + 2, 3, 66)
-    store = make_store(folder / "store", lengths, rng)
-    ways = Ways(store, lengths, folder / "datasets")
-    order = rng.permutation(num_rows)
-    shuffled = [order[i : i + BATCH] for i in range(0, num_rows - BATCH + 1, BATCH)]
-    # As a sampler with length buckets gives them: sorted inside pools of 50 batches, batches shuffled.
-    pools = [order[i : i + 50 * BATCH] for i in range(0, num_rows, 50 * BATCH)]
-    sorted_rows = np.concatenate([pool[np.argsort(ways.lengths[pool], kind="stable")] for pool in pools])
-    bucketed = [sorted_rows[i : i + BATCH] for i in range(0, num_rows - BATCH + 1, BATCH)]
-    rng.shuffle(bucketed)
-
-    few = max(2, num_batches // 100)
-    counts = {
-        "kd": num_batches,
-        "copies": num_batches,
-        "unpadded": num_batches,
-        "datasets": max(2, num_batches // 30),
-        "flat": max(2, num_batches // 10),
-        "zarr": few,
-    }
-    cases = {
-        "logits": (["kd", "copies", "datasets", "zarr"], "logits_", shuffled),
-        "hidden.tok@6": (["kd", "copies", "unpadded", "datasets", "flat", "zarr"], "tokens_", shuffled),
-        "hidden.tok@6 bucketed": (["kd", "copies", "unpadded", "datasets", "flat", "zarr"], "tokens_", bucketed),
-    }
-    figures: list[Figure] = []
-    for case, (names, prefix, batches) in cases.items():
-        chosen = {name: getattr(ways, prefix + name) for name in names}
-        check_equal(chosen, batches[0])
-        seconds = measure(chosen, batches, counts, rounds)
-        figures += compared(case, seconds, unit="us/batch", number=lambda s: s * 1e6, at_least=TARGETS[case])
-    settings = {"rows": num_rows, "batch": BATCH, "rounds": rounds}
-    finish("read", figures, settings, notes=["`unpadded` writes no padding, and is there for scale"])
+    options.rows = options.rows or (2_000 if options.quick else 20_000)
+    options.batches = options.batches or (50 if options.quick else 200)
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.cold = (
+        ["hidden.tok, 1 layer"] if options.quick else ["logits", "hidden.tok, 1 layer", "hidden.tok, 6 layers"]
+    )
+    options.formats = ",".join(["kd", *(name for name in options.formats.split(",") if name != "kd")])
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="kd-bench-") as folder:
+        run(Path(folder), options)
 
 
 if __name__ == "__main__":

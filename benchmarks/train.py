@@ -1,249 +1,471 @@
-"""How fast a student trains from the store, beside the same steps on tensors in memory and beside a bare PyTorch loop.
+"""How fast a student trains from the store: against the same steps in memory, plain loops, and a live teacher.
 
-    python benchmarks/train.py [--rows 8000] [--steps 120] [--batch-size 64] [--signals logits] [--bf16] [--repeats 3]
+    python benchmarks/train.py [--quick] [--only step epoch resume] [--rows 20000] [--steps 30] [--rounds 7]
 
-Three ways over the same rows in the same batches with the same BiLSTM, taken in turn so that a machine that slows down
-slows all of them:
+- step: optimiser steps of a BiLSTM (2 x 150 over 30,522 x 300 embeddings) with logits as targets, with token states of
+  one layer as well, and in bfloat16. `kd` gathers every batch from the store's files. `in memory` is the same trainer
+  over batches that were gathered before. `bare loop` is forward, loss, backward, clip and step over those and nothing
+  else. `Trainer` is transformers' own over a list of rows in memory with its usual collator: rows in random order,
+  padded to the longest of each batch, the whole embedding table trained. `reader wait` is kd's time without a batch.
+- epoch: the same rows with logits that a teacher of BERT-base size gives while the student trains, in evaluation and
+  inference mode, against logits from the store. A few steps are measured on the same batches, and scaled to an epoch
+  of 67,349 rows (SST-2).
+- resume: from a known order to the first batch after a checkpoint in mid-epoch, and all that comes before the first
+  step: opening the store, the lengths of its rows, the token ids that occur.
 
-- store: what kd train-student does: every batch gathered from the store's files by row number;
-- memory: the same trainer over batches that were gathered before;
-- bare loop: forward, loss, backward, clip and step over those batches, and nothing else.
-
-Prints one table and one JSON line. Ratios of medians; design targets are 0.87 of the bare loop and a reader wait of at
-most 3 % of the step. The store is made up in a temporary folder: lengths and words as in short questions.
+The store is made up in a temporary folder; lengths are drawn like those of SST-2 in word pieces (3 to 66, mean 13.5).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from report import Figure, Timed, compared, finish, take_turns
 
-VOCABULARY, CLASSES, WIDTH = 30522, 77, 384
+from kd.pipeline.ragged import Ragged
+from kd.pipeline.store import Signal, StoreIdentity, StoreLayout, TeacherStore, array_spec, create_or_open
+from kd.stages.train_student.loader import BatchLoader
+from kd.stages.train_student.order import BatchOrder
+from kd.stages.train_student.rows import Rows, StoredTokens, StoreRows
+
+VOCABULARY, CLASSES, TEACHER_WIDTH, TEACHER_LAYERS = 30522, 2, 384, 6
+EPOCH_ROWS = 67_349
+PARTS = ("step", "epoch", "resume")
+LOGITS, TOKENS = Signal("logits"), Signal("hidden.tok", TEACHER_LAYERS)
+STEP_TARGETS = {"in memory": 1 / 1.03, "bare loop": 1 / 1.15}
+LIVE_TARGETS = {"live float32": 20.0, "live bfloat16": 8.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=120, help="timed steps of each way and repeat")
-    parser.add_argument("--warm-up", type=int, default=10, help="steps before them")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--signals", choices=("logits", "tokens"), default="logits", help="tokens adds hidden.tok@6")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="fewer cases and steps: well under a minute")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser.add_argument("--rows", type=int, default=20_000, help="in the store of the steps")
+    parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 30; 20 if quick)")
+    parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 2 if quick)")
+    parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
+    parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 7; 2 if quick)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    options = parser.parse_args()
+    quick = options.quick
+    steps = options.steps or (20 if quick else 30)
+    live_steps = options.live_steps or (2 if quick else 6)
+    rounds = options.rounds or (2 if quick else 7)
 
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    quiet_transformers()
+    figures: list[Figure] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
-        bench = Bench(arguments, Path(folder))
-        ways = {"store": bench.store, "memory": bench.memory, "bare loop": bench.bare_loop}
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(arguments.repeats):
-            for name, way in ways.items():
-                rates[name].append(way())
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    wait = statistics.median(bench.waits)
-    print(
-        f"{arguments.rows} rows, {bench.trainable / 1e6:.1f} M trainable parameters, {torch.get_num_threads()} threads"
+        lengths = sst2_lengths(options.rows)
+        store = make_store(Path(folder) / "store", lengths, [LOGITS] if quick else [LOGITS, TOKENS])
+        bench = partial(Workbench, store, folder=Path(folder), steps=steps, batch_size=options.batch_size)
+        if "step" in options.only:
+            cases = {"step, logits": bench(), "step, logits, bf16": bench(bf16=True)}
+            if not quick:
+                cases["step, logits and hidden.tok"] = bench(signals=(LOGITS, TOKENS))
+            for name, case in cases.items():
+                figures += step_figures(name, case, rounds, with_trainer=name == "step, logits")
+            millions = cases["step, logits"].num_trainable / 1e6
+            notes.append(f"{millions:.2f} M trainable: kd leaves out embeddings that no training row reaches.")
+        if "epoch" in options.only:
+            for student in ["bilstm"] if quick else ["bilstm", "bert"]:
+                case = bench(student=student, steps=live_steps, warm_up=1)
+                figures += live_figures(f"epoch, {student}", case, 1 + rounds // 5)
+            notes.append(f"Epochs of {EPOCH_ROWS:,} rows, scaled from {live_steps} steps of {options.batch_size} rows.")
+        if "resume" in options.only:
+            num_rows = options.resume_rows or (100_000 if quick else 1_000_000)
+            figures += resume_figures(Path(folder) / "large", num_rows)
+    settings = {**vars(options), "steps": steps, "rounds": rounds, "live_steps": live_steps}
+    finish("train", figures, settings, notes=notes)
+
+
+def step_figures(what: str, case: Workbench, rounds: int, *, with_trainer: bool) -> list[Figure]:
+    """Rows per second of each way, and the share of kd's time that it waits for batches."""
+    ways = {"kd": case.kd, "in memory": case.in_memory, "bare loop": case.bare_loop}
+    if with_trainer:
+        ways["Trainer"] = case.huggingface
+    seconds = take_turns(ways, rounds)
+    num_rows = case.steps * case.order.rows_per_step
+    figures = compared(what, seconds, unit="rows/s", number=lambda s: num_rows / s, at_least=STEP_TARGETS)
+    waits = [100 * share for share in case.waits[1:]]
+    wait = Figure(
+        what=what,
+        way="reader wait",
+        value=statistics.median(waits),
+        unit="% of time",
+        low=min(waits),
+        high=max(waits),
+        at_most=3.0,
     )
-    for name, rate in medians.items():
-        print(f"  {name:10} {rate:9.0f} rows/s   (min {min(rates[name]):.0f}, max {max(rates[name]):.0f})")
-    ratios = {
-        "store / memory": medians["store"] / medians["memory"],
-        "store / bare loop": medians["store"] / medians["bare loop"],
-    }
-    print(f"  store / memory    {ratios['store / memory']:6.3f}")
-    print(f"  store / bare loop {ratios['store / bare loop']:6.3f}   target 0.87")
-    print(f"  reader wait       {wait:6.1%}   target 3.0%")
-    print(
-        json.dumps(
-            {
-                "benchmark": "train",
-                "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
-                "reader_wait_share": round(wait, 5),
-                "rows_per_s": {name: round(rate, 1) for name, rate in medians.items()},
-                "settings": vars(arguments),
-                "threads": torch.get_num_threads(),
-                "machine": f"{platform.machine()} {os.cpu_count()} cores",
-                "torch": torch.__version__,
-            }
-        )
-    )
+    return [*figures, wait]
 
 
-class Bench:
-    """One made-up store, and three ways to train on it."""
+def live_figures(what: str, case: Workbench, rounds: int) -> list[Figure]:
+    """Seconds per epoch from the store and with the teacher live."""
+    ways = {"kd": case.kd, **{f"live {dtype}": partial(case.live, dtype) for dtype in ("float32", "bfloat16")}}
+    per_epoch = EPOCH_ROWS / (case.steps * case.order.rows_per_step)
+    targets = LIVE_TARGETS if case.student == "bilstm" else {}
+    seconds = take_turns(ways, rounds)
+    return compared(what, seconds, unit="s/epoch", number=lambda s: s * per_epoch, at_least=targets)
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        from kd.pipeline.store import Signal
-        from kd.stages.train_student.methods import Shapes, parse_methods
-        from kd.stages.train_student.order import BatchOrder
-        from kd.stages.train_student.rows import Rows, StoredTokens, StoreRows
 
-        self.arguments, self.folder = arguments, folder
-        self.signals = (Signal("logits"), *([Signal("hidden.tok", 6)] if arguments.signals == "tokens" else []))
-        store_rows = StoreRows(*_make_store(folder / "store", arguments.rows, self.signals))
-        self.rows = Rows(
-            tokens=StoredTokens(store_rows),
-            labels=np.zeros(arguments.rows, np.int64),
-            has_gold=np.zeros(arguments.rows, bool),
-            pad_token_id=0,
-            stored=store_rows,
-            signals=self.signals,
-        )
-        self.order = BatchOrder(
-            rows=np.arange(arguments.rows), lengths=self.rows.tokens.lengths, batch_size=arguments.batch_size, seed=1
-        )
-        self.seen = self.rows.seen_tokens(np.arange(arguments.rows), VOCABULARY)
-        spec = "soft-target" if arguments.signals == "logits" else "soft-target,fitnets:layer_map=1-6"
-        self.terms = parse_methods(spec)
-        self.shapes = Shapes(
-            task="single-label",
-            num_labels=CLASSES,
-            token_widths=(WIDTH, 300),
-            sentence_widths=(WIDTH, 300),
-            teacher_layers=6,
-            teacher_width=WIDTH,
-        )
-        self.num_steps = arguments.warm_up + arguments.steps
+def resume_figures(folder: Path, num_rows: int) -> list[Figure]:
+    """Seconds to the first batch after a checkpoint in mid-epoch."""
+    lengths = sst2_lengths(num_rows)
+    store = make_store(folder, lengths, [LOGITS])
+    started = time.perf_counter()
+    rows = store_rows(store, (LOGITS,))
+    opened = time.perf_counter()
+    rows.seen_tokens(np.arange(num_rows, dtype=np.int32), VOCABULARY)
+    seen = time.perf_counter()
+    order = BatchOrder(np.arange(num_rows, dtype=np.int32), rows.tokens.lengths, batch_size=128, seed=1)
+    middle = order.steps_per_epoch // 2
+    times = []
+    for epoch in (1, 2, 3):
+        begun = time.perf_counter()
+        loader = BatchLoader(rows, order, first_step=epoch * order.steps_per_epoch + middle)
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        batch = next(batches)
+        times.append(time.perf_counter() - begun)
+        batches.close()
+        expected = rows.batch(next(islice(order.batches(epoch), middle, None)))
+        assert torch.equal(batch["inputs"]["input_ids"], expected["inputs"]["input_ids"]), "not the next batch"
+    what = f"resume, {num_rows:,} rows"
+    return [
+        Figure(what=what, way="first batch", value=statistics.median(times), unit="s", at_most=1.0),
+        Figure(what=what, way="store and lengths", value=opened - started, unit="s"),
+        Figure(what=what, way="token ids that occur", value=seen - opened, unit="s"),
+    ]
+
+
+class Workbench:
+    """One student with one method over a store, and the ways to train it.
+
+    Args:
+        store: what `make_store` made.
+        folder: for the trainers' output.
+        steps: that are timed.
+        warm_up: steps before them.
+        batch_size: rows per step.
+        signals: targets: logits, with or without token states.
+        student: "bilstm", or "bert" (4 layers, 312 wide).
+        bf16: whether the student trains in autocast.
+        device: on which it trains.
+    """
+
+    def __init__(
+        self,
+        store: TeacherStore,
+        *,
+        folder: Path,
+        steps: int,
+        batch_size: int,
+        warm_up: int = 8,
+        signals: tuple[Signal, ...] = (LOGITS,),
+        student: str = "bilstm",
+        bf16: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        self.steps, self.warm_up, self.student, self.bf16, self.device = steps, warm_up, student, bf16, device
+        self._folder = folder
+        self.rows = store_rows(store, signals)
+        index = np.arange(len(self.rows), dtype=np.int32)
+        self.order = BatchOrder(index, self.rows.tokens.lengths, batch_size=batch_size, seed=1)
+        self._seen = self.rows.seen_tokens(index, VOCABULARY)
+        self._signals = signals
         self.waits: list[float] = []
-        self.trainable = sum(p.numel() for p in self._model().parameters() if p.requires_grad)
+        """Of every turn of `kd`, the share of its time that it waited for batches."""
 
-    def store(self) -> float:
-        """Rows per second from the store."""
-        trainer, rate = self._train(self.rows)
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that the optimiser moves."""
+        return sum(p.numel() for p in self._distillation().parameters() if p.requires_grad)
+
+    # --- ways ----------------------------------------------------------------------------------------------------
+
+    def kd(self) -> Timed:
+        """From the store."""
+        trainer, seconds = self._train(self.rows)
         self.waits.append(trainer.loader.wait_s / (trainer.loader.wait_s + trainer.clock.step_s))
-        return rate
+        return Timed(seconds)
 
-    def memory(self) -> float:
-        """Rows per second from batches gathered before."""
-        return self._train(_Gathered(self.rows, self._batches()))[1]
+    def in_memory(self) -> Timed:
+        """The same trainer over batches that were gathered before."""
+        return Timed(self._train(Given(self._batches))[1])
 
-    def bare_loop(self) -> float:
-        """Rows per second of a plain loop over the same batches."""
-        import torch
+    def live(self, dtype: str) -> Timed:
+        """The same trainer, the logits of every batch from a teacher that runs when the batch is asked for."""
+        teacher = bert_base(dtype, self.device)
+        return Timed(self._train(Given(map(partial(answered, teacher, self.device), self._batches)), threads=0)[1])
 
-        batches = self._batches()
-        model = self._model().train()
+    def bare_loop(self) -> Timed:
+        """What a step cannot do without, over batches that were gathered before."""
+        model = self._distillation().to(self.device).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.num_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (self.warm_up + self.steps))
         started = 0.0
-        for step, batch in enumerate(batches):
-            if step == self.arguments.warm_up:
-                started = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.arguments.bf16):
+        for number, batch in enumerate(self._batches):
+            if number == self.warm_up:
+                started = self._now()
+            batch = moved(batch, self.device)
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
                 loss = model(**batch)["loss"]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        return self.arguments.steps * self.order.rows_per_step / (time.perf_counter() - started)
+        return Timed(self._now() - started)
 
-    def _model(self) -> Any:
-        import torch
+    def huggingface(self) -> Timed:
+        """transformers' own `Trainer` over a list of rows."""
+        from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
-        from kd.stages.train_student.bilstm_model import BiLstmConfig, BiLstmForSequenceClassification
+        class Distiller(Trainer):
+            def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                teacher = inputs.pop("teacher_logits")
+                logits = model(**inputs).logits.float()
+                return torch.nn.functional.kl_div(
+                    logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+                )
+
+        torch.manual_seed(0)
+        stamps = stamping(self._now)
+        rows = self._plain_rows
+        collate = DataCollatorWithPadding(pad_only_tokenizer())
+        args = self._arguments(threads=0)
+        trainer = Distiller(
+            model=student_model(self.student), args=args, train_dataset=rows, data_collator=collate, callbacks=[stamps]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return Timed(stamps.times[-1] - stamps.times[self.warm_up - 1])
+
+    # --- what they are made of -----------------------------------------------------------------------------------
+
+    def _train(self, rows: Any, threads: int = 1) -> tuple[Any, float]:
+        from transformers import PrinterCallback
+
+        from kd.stages.train_student.trainer import StudentTrainer
+
+        stamps = stamping(self._now)
+        trainer = StudentTrainer(
+            model=self._distillation(),
+            args=self._arguments(threads),
+            rows=rows,
+            order=self.order,
+            callbacks=[stamps],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer, stamps.times[-1] - stamps.times[self.warm_up - 1]
+
+    def _arguments(self, threads: int) -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(
+            output_dir=str(self._folder / "run"),
+            max_steps=self.warm_up + self.steps,
+            per_device_train_batch_size=self.order.batch_size,
+            learning_rate=1e-3,
+            optim="adamw_torch_fused",
+            bf16=self.bf16,
+            use_cpu=self.device == "cpu",
+            save_strategy="no",
+            logging_steps=0.02,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_num_workers=threads,
+            dataloader_pin_memory=self.device != "cpu",
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,
+        )
+
+    def _distillation(self) -> Any:
+        from kd.stages.train_student.methods import Shapes, parse_methods
         from kd.stages.train_student.seen_rows import SeenRows
         from kd.stages.train_student.students import parse_student
         from kd.stages.train_student.trainer import Distillation
 
         torch.manual_seed(0)
-        config = BiLstmConfig(vocab_size=VOCABULARY, embedding_size=WIDTH, num_labels=CLASSES)
-        student = BiLstmForSequenceClassification(config)
-        student.set_input_embeddings(SeenRows(student.get_input_embeddings(), self.seen))
-        return Distillation(student, parse_student("bilstm"), self.terms, self.shapes)
-
-    def _train(self, rows: Any) -> tuple[Any, float]:
-        from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-
-        from kd.stages.train_student.trainer import StudentTrainer
-
-        class Stamps(TrainerCallback):
-            def __init__(self) -> None:
-                self.times: list[float] = []
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                self.times.append(time.perf_counter())
-
-        stamps = Stamps()
-        args = TrainingArguments(
-            output_dir=str(self.folder / "run"),
-            max_steps=self.num_steps,
-            per_device_train_batch_size=self.arguments.batch_size,
-            learning_rate=1e-3,
-            optim="adamw_torch_fused",
-            bf16=self.arguments.bf16,
-            use_cpu=True,
-            save_strategy="no",
-            logging_steps=0.02,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_num_workers=1,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,
+        model = student_model(self.student)
+        if len(self._seen) <= 0.8 * VOCABULARY:
+            model.set_input_embeddings(SeenRows(model.get_input_embeddings(), self._seen))
+        method = "soft-target" if TOKENS not in self._signals else "soft-target,fitnets:layer_map=1-6"
+        shapes = Shapes(
+            task="single-label",
+            num_labels=CLASSES,
+            token_widths=(300, 300),
+            sentence_widths=(300, 300),
+            teacher_layers=TEACHER_LAYERS,
+            teacher_width=TEACHER_WIDTH,
         )
-        trainer = StudentTrainer(model=self._model(), args=args, rows=rows, order=self.order, callbacks=[stamps])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        seconds = stamps.times[-1] - stamps.times[self.arguments.warm_up - 1]
-        return trainer, self.arguments.steps * self.order.rows_per_step / seconds
+        return Distillation(model, parse_student(self.student), parse_methods(method), shapes)
 
+    @cached_property
     def _batches(self) -> list[Any]:
-        found: list[Any] = []
+        return [self.rows.batch(index) for index in islice(self._order(), self.warm_up + self.steps)]
+
+    def _order(self) -> Iterator[np.ndarray]:
         epoch = 0
-        while len(found) < self.num_steps:
-            found += [self.rows.batch(index) for index in self.order.batches(epoch)]
+        while True:
+            yield from self.order.batches(epoch)
             epoch += 1
-        return found[: self.num_steps]
+
+    @cached_property
+    def _plain_rows(self) -> list[dict[str, Any]]:
+        found = []
+        for batch in self._batches:
+            ids, masks = (batch["inputs"][name].tolist() for name in ("input_ids", "attention_mask"))
+            for row, mask, logits in zip(ids, masks, batch["signals"]["logits"].tolist(), strict=True):
+                found.append({"input_ids": row[: sum(mask)], "teacher_logits": logits})
+        return found
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-class _Gathered:
-    """Rows whose batches are there already, in the order in which training asks for them."""
+class Given:
+    """Rows whose batches come one after another, as training asks for them."""
 
-    def __init__(self, rows: Any, batches: list[Any]) -> None:
-        self.rows, self._batches = rows, iter(batches)
+    def __init__(self, batches: Any) -> None:
+        self._batches = iter(batches)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return 1
 
-    def batch(self, index: np.ndarray) -> Any:
+    def batch(self, *_: Any, **__: Any) -> Any:
         return next(self._batches, None)
 
 
-def _make_store(folder: Path, num_rows: int, signals: tuple[Any, ...]) -> tuple[list[Any], list[np.ndarray]]:
-    from kd.pipeline.ragged import Ragged
-    from kd.pipeline.store import StoreIdentity, StoreLayout, array_spec, create_or_open
+def answered(teacher: Any, device: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with logits that the teacher gives now."""
+    inputs = moved(batch["inputs"], device)
+    with torch.inference_mode():
+        logits = teacher(**inputs).logits.float()
+    # What inference mode made cannot take part in a loss.
+    return {**batch, "inputs": inputs, "signals": {"logits": logits.clone()}}
 
-    generator = np.random.default_rng(0)
-    lengths = np.clip(generator.gamma(5.0, 2.6, num_rows).astype(np.int64) + 4, 4, 64)
-    words = np.minimum(generator.zipf(1.2, int(lengths.sum())) + 998, VOCABULARY - 1)
+
+def moved(batch: Any, device: str) -> Any:
+    """The tensors of a batch on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return {name: moved(value, device) for name, value in batch.items()}
+
+
+def stamping(now: Callable[[], float]) -> Any:
+    """A callback that keeps when each step ended, in `times`."""
+    from transformers import TrainerCallback
+
+    class Stamps(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            self.times.append(now())
+
+    return Stamps()
+
+
+def student_model(name: str) -> Any:
+    """A student with random weights."""
+    if name == "bert":
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=312,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            intermediate_size=1200,
+            num_labels=CLASSES,
+        )
+        return BertForSequenceClassification(config)
+    from kd.stages.train_student.bilstm_model import BiLstmConfig, BiLstmForSequenceClassification
+
+    return BiLstmForSequenceClassification(BiLstmConfig(vocab_size=VOCABULARY, num_labels=CLASSES))
+
+
+@cache
+def bert_base(dtype: str, device: str) -> Any:
+    """A teacher of the size of BERT-base with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(1)
+    teacher = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES))
+    return teacher.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def pad_only_tokenizer() -> Any:
+    """What transformers' collator pads with."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0})), pad_token="[PAD]")
+
+
+def store_rows(store: TeacherStore, signals: tuple[Signal, ...]) -> Rows:
+    """All rows of a store, to train on."""
+    catalogue = store.catalogue()
+    numbers = [np.arange(r.rows) + r.shard * store.layout.rows_per_shard for r in catalogue.allocations]
+    stored = StoreRows([store.reader()], [np.concatenate(numbers)])
+    count = len(stored)
+    return Rows(
+        tokens=StoredTokens(stored),
+        labels=np.zeros(count, np.int64),
+        has_gold=np.zeros(count, bool),
+        pad_token_id=0,
+        stored=stored,
+        signals=signals,
+    )
+
+
+def sst2_lengths(num_rows: int) -> np.ndarray:
+    """Lengths as those of SST-2 in word pieces: 3 to 66, mean 13.5."""
+    drawn = np.random.default_rng(0).lognormal(2.2, 0.7, num_rows)
+    return np.clip(np.rint(drawn).astype(np.int64) + 2, 3, 66)
+
+
+def make_store(folder: Path, lengths: np.ndarray, signals: list[Signal]) -> TeacherStore:
+    """A store of random words, a few of them frequent, and of random signals."""
+    rng = np.random.default_rng(0)
+    words = np.minimum(rng.zipf(1.2, int(lengths.sum())) + 998, VOCABULARY - 1)
     identity = StoreIdentity(teacher={"made": "up"}, tokenizer={}, capture={})
     store = create_or_open(folder, identity, StoreLayout.for_vocabulary(VOCABULARY))
     allocation = store.allocate(Ragged.from_lengths(words, lengths))
-    specs = [array_spec(signal, CLASSES if signal.name == "logits" else WIDTH) for signal in signals]
+    specs = [array_spec(signal, CLASSES if signal == LOGITS else TEACHER_WIDTH) for signal in signals]
     store.declare(specs)
     for shard in allocation.shards:
         ids = store.read_tokens(shard).token_ids
         writer = store.writer(shard, specs)
         for spec in specs:
             entries = len(ids.values) if spec.axis == "token" else len(ids)
-            values = generator.normal(size=(entries, *spec.shape)).astype(np.float32)
+            values = rng.standard_normal((entries, *spec.shape), dtype=np.float32)
             (writer.put_tokens if spec.axis == "token" else writer.put_rows)(spec.signal, np.arange(len(ids)), values)
         writer.commit()
-    return [store.reader()], [allocation.rows]
+    return store
+
+
+def quiet_transformers() -> None:
+    """Only errors on stderr."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

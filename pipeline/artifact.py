@@ -7,10 +7,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .disk import disk_full_explained
 from .errors import RefusedError
@@ -51,16 +51,28 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     Raises:
         IncompleteError: the disk is full; the old bytes are there.
     """
-    with disk_full_explained(path):
-        _atomic_write_bytes(Path(path), data)
+    with disk_full_explained(path), _atomic_writer(Path(path)) as file:
+        file.write(data)
 
 
-def _atomic_write_bytes(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def atomic_writer(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path`, whole, at the end; an exception leaves the old bytes there.
+
+    Raises:
+        IncompleteError: the disk is full; the old bytes are there.
+    """
+    with disk_full_explained(path), _atomic_writer(Path(path)) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _atomic_writer(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

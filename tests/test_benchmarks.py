@@ -10,17 +10,22 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SHARED = {"formats", "large_store", "report"}
 SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
-    "read": ["--rows", "200", "--batches", "2", "--rounds", "1"],
+    "read": ["--quick", "--rows", "200", "--batches", "2", "--rounds", "1", "--formats", "copies,datasets,parquet"],
+    "scale": ["--sizes", "200,400"],
     "startup": ["--repeats", "1"],
-    "train": ["--rows", "300", "--steps", "2", "--warm-up", "1", "--repeats", "1"],
+    "train": [
+        *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
+        *("--batch-size", "8"),
+    ],
     "verify": ["--rows", "200", "--rounds", "1"],
 }
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} - {"report"} == {*SMALL}
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} - SHARED == {*SMALL}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .files import Claim
     from .identity import StoreIdentity
+    from .inputs import InputRows
     from .keys import row_keys
     from .layout import StoreLayout
     from .plan import format_bytes, parse_bytes, plan_bytes, plan_shards, require_room
@@ -23,6 +24,7 @@ _HOME = {
     "Allocation": "store",
     "ArraySpec": "signal",
     "Claim": "files",
+    "InputRows": "inputs",
     "Problem": "records",
     "SIGNALS": "signal",
     "ShardRows": "store",
@@ -51,7 +53,7 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - same order as above
-    "Allocation", "ArraySpec", "Claim", "Problem", "SIGNALS", "ShardRows", "ShardWriter", "Signal",
+    "Allocation", "ArraySpec", "Claim", "InputRows", "Problem", "SIGNALS", "ShardRows", "ShardWriter", "Signal",
     "StoreIdentity", "StoreLayout", "StoreReader", "TeacherStore", "VerifyReport", "View", "array_spec",
     "array_specs",
     "create_or_open", "format_bytes", "open_store", "open_view", "parse_bytes", "parse_signals", "plan_bytes",

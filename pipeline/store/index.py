@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,14 @@ import xxhash
 
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray, offsets_of
+from .arrow import from_arrow, to_arrow
 from .compacted import PARQUET_ERRORS
 from .files import SMALL_FILE_BYTES, Blob, StoreFiles
 from .footer import UNCOMPRESSED, row_groups
-from .keys import Keys, keys_from_arrow, keys_to_arrow, match_keys
+from .keys import Keys, SortedKeys, first_occurrences, keys_from_arrow, keys_to_arrow
 from .layout import StoreLayout, index_file
 from .records import IndexRecord, Record
+from .scratch import Appended, release
 
 SCHEMA = pa.schema(
     [
@@ -44,12 +46,12 @@ def encode_index(keys: Keys, lengths: IntArray, *, pairs: bool = False) -> tuple
     """
     columns = [
         keys_to_arrow(keys),
-        pa.array(np.arange(len(keys), dtype=np.uint32)),
-        pa.array(offsets_of(lengths)[:-1].astype(np.uint32)),
-        pa.array(lengths.astype(np.uint32)),
+        to_arrow(np.arange(len(keys), dtype=np.uint32)),
+        to_arrow(offsets_of(lengths)[:-1].astype(np.uint32)),
+        to_arrow(lengths.astype(np.uint32)),
     ]
     if pairs:
-        columns.append(pa.array(offsets_of(lengths**2)[:-1].astype(np.uint32)))
+        columns.append(to_arrow(offsets_of(lengths**2)[:-1].astype(np.uint32)))
     table = pa.table(columns, schema=SCHEMA_WITH_PAIRS if pairs else SCHEMA)
     buffer = io.BytesIO()
     # Row keys are random bits: neither a dictionary nor a compressor helps.
@@ -150,7 +152,7 @@ def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
         raise ValueError("it is compressed, or its parts do not have the rows of the whole")
     table = parquet.read(use_threads=False)
     slots, starts, lengths = (
-        table.column(name).to_numpy().astype(np.int64) for name in ("row_slot", "token_start", "num_tokens")
+        from_arrow(table.column(name), np.uint32).astype(np.int64) for name in ("row_slot", "token_start", "num_tokens")
     )
     if not np.array_equal(slots, np.arange(len(table))):
         raise ValueError("row_slot does not count from 0 without gaps")
@@ -161,12 +163,19 @@ def _decode_columns(data: bytes, num_rows: int | None) -> tuple[Keys, IntArray]:
     return keys_from_arrow(table.column("row_key")), lengths
 
 
+class _Columns(NamedTuple):
+    keys: Keys
+    token_offsets: npt.NDArray[np.uint32]
+    pair_offsets: npt.NDArray[np.uint32]
+    """Empty where the store has no pairs."""
+
+
 @dataclass(frozen=True)
 class RowIndex:
     """The row indexes of all shards, at one moment.
 
-    A row's number never changes: `shard * rows_per_shard + slot`. Four bytes a row are kept in memory; row keys
-    are read when they are asked for.
+    A row's number never changes: `shard * rows_per_shard + slot`. What is known of all rows is gathered once into
+    temporary files and mapped from there, so that it takes no memory that the system cannot have back.
     """
 
     files: StoreFiles
@@ -184,31 +193,34 @@ class RowIndex:
         return offsets_of(self._sizes + 1)[:-1]
 
     @cached_property
+    def _columns(self) -> _Columns:
+        """What is known of all rows, gathered in one pass over the files of all shards."""
+        self._fetch()
+        keys, tokens, pairs = Appended(np.uint64), Appended(np.uint32), Appended(np.uint32)
+        for record in self.allocations:
+            shard_keys, lengths = read_index(self.files, record)
+            keys.append(shard_keys.reshape(-1))
+            tokens.append(offsets_of(lengths))
+            if self.layout.pairs_per_shard:
+                pairs.append(offsets_of(lengths**2))
+        return _Columns(keys.all((2,)), tokens.all(), pairs.all())
+
+    @property
     def token_offsets(self) -> npt.NDArray[np.uint32]:
         """uint32: of each shard one after another, the running sum of its rows' tokens, from 0: one more than rows.
 
         Slots of a shard that hold no row take nothing, however many its layout has.
         """
-        self._fetch()
-        offsets = np.zeros(int(self._sizes.sum()) + len(self._sizes), dtype=np.uint32)
-        for record, start in zip(self.allocations, self._first.tolist(), strict=True):
-            _, lengths = read_index(self.files, record)
-            offsets[start + 1 : start + 1 + record.rows] = np.cumsum(lengths)
-        return offsets
+        return self._columns.token_offsets
 
     def _fetch(self) -> None:
         """Copy what is remote to this machine, all at once: one by one, they would be waited for one by one."""
         self.files.fetch_all([index_blob(record) for record in self.allocations])
 
-    @cached_property
+    @property
     def pair_offsets(self) -> npt.NDArray[np.uint32]:
-        """uint32: as `token_offsets`, of each row's tokens squared. Four more bytes a row once it is asked for."""
-        offsets = self.token_offsets.astype(np.int64)
-        lengths = offsets[1:] - offsets[:-1]
-        # Between two shards stands no row, but the step back to 0.
-        lengths[self._first[1:] - 1] = 0
-        running = offsets_of(lengths**2)
-        return (running - np.repeat(running[self._first], self._sizes + 1)).astype(np.uint32)
+        """uint32: as `token_offsets`, of each row's tokens squared; of a store with an axis of token pairs."""
+        return self._columns.pair_offsets
 
     def pair_starts(self, rows: IntArray) -> IntArray:
         """int64 [N] first pair inside the shard, of rows that exist."""
@@ -216,30 +228,40 @@ class RowIndex:
         slots = rows - shards * self.layout.rows_per_shard
         return self.pair_offsets[self._first[shards] + slots].astype(np.int64)
 
+    def shards(self) -> Iterator[tuple[Keys, IntArray]]:
+        """Of each shard, the keys of its rows and their row numbers; one shard is in memory at a time."""
+        self._fetch()
+        for record in self.allocations:
+            keys, _ = read_index(self.files, record)
+            yield keys, np.arange(record.rows) + record.shard * self.layout.rows_per_shard
+
+    @property
+    def num_rows(self) -> int:
+        """Of all shards."""
+        return int(self._sizes.sum())
+
     def lookup(self, wanted: Keys) -> IntArray:
         """int64 [N] row number of each key [N, 2], -1 where the store has no such row."""
-        self._fetch()
-        keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
-        rows: list[IntArray] = [np.empty(0, dtype=np.int64)]
-        for record in self.allocations:
-            shard_keys, _ = read_index(self.files, record)
-            keys.append(shard_keys)
-            rows.append(np.arange(record.rows) + record.shard * self.layout.rows_per_shard)
-        positions = match_keys(np.concatenate(keys), wanted)
-        found = positions >= 0
-        positions[found] = np.concatenate(rows)[positions[found]]
-        return positions
+        first, distinct = first_occurrences(wanted)
+        rows = np.full(len(first), -1, dtype=np.int64)
+        if len(first):
+            asked = SortedKeys(wanted[first])
+            for keys, numbers in self.shards():
+                at = asked.find(keys)
+                rows[at[at >= 0]] = numbers[at >= 0]
+        return rows[distinct]
 
     def row_keys(self, rows: IntArray) -> Keys:
-        """[N, 2] keys of rows that exist; reads the shards one by one and keeps nothing."""
+        """[N, 2] keys of rows that exist."""
         shards = rows // self.layout.rows_per_shard
-        keys = np.empty((len(rows), 2), dtype=np.uint64)
-        order = np.argsort(shards, kind="stable")
-        for mine in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-            if len(mine):
-                shard = int(shards[mine[0]])
-                keys[mine] = read_index(self.files, self.allocations[shard])[0][rows[mine] % self.layout.rows_per_shard]
-        return keys
+        # Where a shard begins among the rows: its beginning among the offsets, of which each shard has one more.
+        at = self._first[shards] - shards + rows - shards * self.layout.rows_per_shard
+        return self._columns.keys[at]
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process; they come back when they are touched."""
+        for array in self.__dict__.get("_columns", ()):
+            release(array)
 
     def locate(self, rows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """(shard, first token inside the shard, number of tokens) of each row, int64 [N].

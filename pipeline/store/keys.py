@@ -62,27 +62,38 @@ def _checked(ragged: Ragged, dtype: str, what: str) -> npt.NDArray[np.unsignedin
     return np.ascontiguousarray(values, dtype=dtype)
 
 
+class SortedKeys:
+    """Keys [M, 2] sorted once, to be searched many times."""
+
+    def __init__(self, known: Keys) -> None:
+        self._known = known
+        self._order = np.argsort(known[:, 0], kind="stable")
+        self._high = known[self._order, 0]
+
+    def find(self, wanted: Keys) -> IntArray:
+        """int64 [N]: for each wanted key its (first) position among the known ones, -1 where it is not there."""
+        positions = np.full(len(wanted), -1, dtype=np.int64)
+        at = np.searchsorted(self._high, wanted[:, 0], side="left")
+        open_ = np.arange(len(wanted))
+        # Different keys that share their first 64 bits stand next to each other: step on until the halves agree.
+        while True:
+            keep = at[open_] < len(self._high)
+            open_ = open_[keep]
+            open_ = open_[self._high[at[open_]] == wanted[open_, 0]]
+            if not len(open_):
+                return positions
+            candidates = self._order[at[open_]]
+            found = self._known[candidates, 1] == wanted[open_, 1]
+            positions[open_[found]] = candidates[found]
+            open_ = open_[~found]
+            at[open_] += 1
+
+
 def match_keys(known: Keys, wanted: Keys) -> IntArray:
     """int64 [N]: for each wanted key its (first) position in `known` [M, 2], -1 where it is not there."""
-    positions = np.full(len(wanted), -1, dtype=np.int64)
     if not len(known) or not len(wanted):
-        return positions
-    order = np.argsort(known[:, 0], kind="stable")
-    high = known[order, 0]
-    at = np.searchsorted(high, wanted[:, 0], side="left")
-    open_ = np.arange(len(wanted))
-    # Different keys that share their first 64 bits stand next to each other: step on until the halves agree.
-    while True:
-        keep = at[open_] < len(known)
-        open_ = open_[keep]
-        open_ = open_[high[at[open_]] == wanted[open_, 0]]
-        if not len(open_):
-            return positions
-        candidates = order[at[open_]]
-        found = known[candidates, 1] == wanted[open_, 1]
-        positions[open_[found]] = candidates[found]
-        open_ = open_[~found]
-        at[open_] += 1
+        return np.full(len(wanted), -1, dtype=np.int64)
+    return SortedKeys(known).find(wanted)
 
 
 def first_occurrences(keys: Keys) -> tuple[IntArray, IntArray]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import RefusedError, UsageError
-from ..ragged import offsets_of
 from .layout import StoreLayout, group_metadata, metadata_bytes
 from .signal import ArraySpec, Axis
 
@@ -68,32 +68,37 @@ def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShar
     Raises:
         RefusedError: a row without tokens, or longer than a shard.
     """
-    lengths_N = np.asarray(lengths, dtype=np.int64)
-    pairs_N = lengths_N**2 if layout.pairs_per_shard else np.zeros_like(lengths_N)
-    for bad, what in (
-        (lengths_N < 1, "has no tokens"),
-        (lengths_N > layout.tokens_per_shard, f"is longer than a shard of {layout.tokens_per_shard} tokens"),
-        (pairs_N > layout.pairs_per_shard, f"has more pairs of tokens than a shard's {layout.pairs_per_shard}"),
-    ):
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise RefusedError(
-                f"row {row} {what} ({int(lengths_N[row])} tokens; {int(bad.sum())} such rows)",
-                fix="drop empty texts, lower --max-length, or create the store with more --tokens-per-shard "
-                "(and --pairs-per-shard)",
-            )
-    offsets, pair_offsets = offsets_of(lengths_N), offsets_of(pairs_N)
+    lengths_N = np.asarray(lengths)
     shards, start = [], 0
     while start < len(lengths_N):
-        fits = int(np.searchsorted(offsets, offsets[start] + layout.tokens_per_shard, side="right")) - 1
-        if layout.pairs_per_shard:
-            limit = pair_offsets[start] + layout.pairs_per_shard
-            fits = min(fits, int(np.searchsorted(pair_offsets, limit, side="right")) - 1)
-        stop = min(fits, start + layout.rows_per_shard)
-        tokens, pairs = (int(running[stop] - running[start]) for running in (offsets, pair_offsets))
-        shards.append(PlannedShard(start, stop, tokens, pairs))
-        start = stop
+        # A shard has no more rows than this, so no more of them are in memory at once.
+        window = lengths_N[start : start + layout.rows_per_shard].astype(np.int64)
+        tokens, pairs = np.cumsum(window), np.cumsum(window**2 if layout.pairs_per_shard else np.zeros_like(window))
+        fits = int(np.searchsorted(tokens, layout.tokens_per_shard, side="right"))
+        fits = min(fits, int(np.searchsorted(pairs, layout.pairs_per_shard, side="right")))
+        if not fits or window[:fits].min() < 1:
+            _refuse_row(lengths_N, start + (int(np.argmin(window[:fits])) if fits else 0), layout)
+        shards.append(PlannedShard(start, start + fits, int(tokens[fits - 1]), int(pairs[fits - 1])))
+        start += fits
     return shards
+
+
+def _refuse_row(lengths: npt.NDArray[np.integer], row: int, layout: StoreLayout) -> NoReturn:
+    """Say what is wrong with a row, and of how many rows."""
+    length = int(lengths[row])
+    if length < 1:
+        what, such = "has no tokens", lengths < 1
+    elif length > layout.tokens_per_shard:
+        what = f"is longer than a shard of {layout.tokens_per_shard} tokens"
+        such = lengths > layout.tokens_per_shard
+    else:
+        what = f"has more pairs of tokens than a shard's {layout.pairs_per_shard}"
+        such = lengths > math.isqrt(layout.pairs_per_shard)
+    raise RefusedError(
+        f"row {row} {what} ({length} tokens; {int(such.sum())} such rows)",
+        fix="drop empty texts, lower --max-length, or create the store with more --tokens-per-shard "
+        "(and --pairs-per-shard)",
+    )
 
 
 def plan_bytes(layout: StoreLayout, specs: Iterable[ArraySpec], shards: Iterable[ShardSize]) -> dict[str, int]:

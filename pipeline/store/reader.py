@@ -28,6 +28,7 @@ from .keys import Keys
 from .layout import GROUP_FILE, StoreLayout, fill_value
 from .mapping import SUPPORTED, ShardMap
 from .records import HEAD_BYTES, Catalogue, FileRecord
+from .scratch import blocks
 from .shard import decode_index, is_contiguous
 from .signal import RAW, ArraySpec, Signal
 
@@ -333,7 +334,11 @@ class StoreReader:
 
     def lengths(self, rows: npt.ArrayLike) -> IntArray:
         """int64 [B] number of tokens of each row."""
-        return self.index.locate(_row_numbers(rows))[2]
+        rows_B = _row_numbers(rows)
+        lengths = np.empty(len(rows_B), dtype=np.int64)
+        for part in blocks(len(rows_B)):
+            lengths[part] = self.index.locate(rows_B[part])[2]
+        return lengths
 
     def row_keys(self, rows: npt.ArrayLike) -> Keys:
         """[B, 2] the row keys, as `keys.row_keys` makes them."""
@@ -344,8 +349,11 @@ class StoreReader:
     def has(self, signal: Signal | str, rows: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """[B] whether the signal is captured for each row."""
         rows_B = _row_numbers(rows)
-        shards, _, _ = self.index.locate(rows_B)
-        return self.catalogue.choice(self._groups(self._asked(signal)))[shards] >= 0
+        held = self.catalogue.choice(self._groups(self._asked(signal))) >= 0
+        mask = np.empty(len(rows_B), dtype=bool)
+        for part in blocks(len(rows_B)):
+            mask[part] = held[self.index.locate(rows_B[part])[0]]
+        return mask
 
     def gather(self, signal: Signal | str, rows: npt.ArrayLike, *, out: Array | None = None) -> Array:
         """[B, ...] one entry per row of an example-axis signal, in the stored dtype (int8: float32); a copy.

@@ -22,7 +22,8 @@ from .compact import LOOSE_RECORDS, Compaction, compact_records, count_loose
 from .files import LOCK_FILE, STAGING, Claim, StoreFiles, open_files
 from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
-from .keys import Keys, first_occurrences, row_keys
+from .inputs import InputRows, match_inputs, new_shards, plan_new, row_numbers, shards_of
+from .keys import Keys, row_keys
 from .layout import (
     CLAIMS,
     GROUP_FILE,
@@ -35,7 +36,7 @@ from .layout import (
     index_file,
     metadata_bytes,
 )
-from .plan import PlannedShard, ShardSize, plan_shards
+from .plan import PlannedShard, ShardSize
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
 from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
 from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, derivable, place
@@ -76,7 +77,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class AllocationPreview:
-    """What `allocate` would do.
+    """What `allocate_inputs` would do.
 
     Attributes:
         num_new: rows to be added.
@@ -94,6 +95,18 @@ class AllocationPreview:
     def sizes(self) -> list[ShardSize]:
         """Of each shard to be added, as `plan_bytes` takes them."""
         return [shard.size for shard in self.planned]
+
+
+def preview(inputs: InputRows, index: RowIndex | None = None) -> AllocationPreview:
+    """What `TeacherStore.allocate_inputs` would do with these rows; without an index, in a store to be made."""
+    stored = ((), 0) if index is None else (index.shards(), index.num_rows)
+    matches = match_inputs(inputs, *stored)
+    return AllocationPreview(
+        num_new=matches.num_new,
+        num_known=matches.num_known,
+        planned=plan_new(inputs, matches),
+        shards=shards_of(matches.places, inputs.layout.rows_per_shard),
+    )
 
 
 @dataclass(frozen=True)
@@ -320,24 +333,12 @@ class TeacherStore:
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def preview(self, token_ids: Ragged, segment_ids: Ragged | None = None) -> AllocationPreview:
-        """What `allocate` would do with these rows; writes nothing."""
-        keys = row_keys(token_ids, segment_ids)
-        first, _ = first_occurrences(keys)
-        known = self.lookup(keys[first])
-        new = first[known < 0]
-        return AllocationPreview(
-            num_new=len(new),
-            num_known=len(first) - len(new),
-            planned=tuple(plan_shards(token_ids.lengths[new], self.layout)),
-            shards=_shards_of(known[known >= 0], self.layout),
-        )
+    def preview(self, inputs: InputRows) -> AllocationPreview:
+        """What `allocate_inputs` would do with these rows; writes nothing."""
+        return preview(inputs, self.index())
 
     def allocate(self, token_ids: Ragged, segment_ids: Ragged | None = None) -> Allocation:
-        """Give every row a place, for good: rows the store knows keep theirs, the others get new shards.
-
-        New rows are packed in order. Their ids, segment ids and index are written at once, so a capture needs
-        the store alone; killed on the way, the shards done are kept, and the same call packs the rest alike.
+        """As `allocate_inputs`, of rows that are in memory.
 
         Args:
             token_ids: N rows of what the teacher reads, special tokens included.
@@ -346,33 +347,34 @@ class TeacherStore:
         Raises:
             RefusedError: a row without tokens or longer than a shard, or an id that does not fit the store.
         """
-        self._refuse_bad_ids(token_ids, segment_ids)
-        keys = row_keys(token_ids, segment_ids)
-        first, distinct = first_occurrences(keys)
+        return self.allocate_inputs(InputRows.of(self.layout, token_ids, segment_ids))
+
+    def allocate_inputs(self, inputs: InputRows) -> Allocation:
+        """Give every row a place, for good: rows the store knows keep theirs, the others get new shards.
+
+        New rows are packed in order. Their ids, segment ids and index are written at once, so a capture needs
+        the store alone; killed on the way, the shards done are kept, and the same call packs the rest alike.
+
+        Raises:
+            RefusedError: a row without tokens or longer than a shard.
+        """
+        width = self.layout.rows_per_shard
         with self.files.lock():
-            catalogue = self.catalogue()
-            rows = RowIndex(self.files, self.layout, catalogue.allocations).lookup(keys[first])
-            new = first[rows < 0]
-            planned = plan_shards(token_ids.lengths[new], self.layout)
-            self._grow(catalogue.num_shards + len(planned))
-            fresh = np.empty(len(new), dtype=np.int64)
-            for shard, part in enumerate(planned, start=catalogue.num_shards):
-                inputs = new[part.start : part.stop]
-                self._write_rows(
-                    shard,
-                    keys[inputs],
-                    token_ids.take(inputs),
-                    None if segment_ids is None else segment_ids.take(inputs),
-                )
-                fresh[part.start : part.stop] = shard * self.layout.rows_per_shard + np.arange(part.rows)
-            rows[rows < 0] = fresh
+            index = self.index()
+            first_shard = len(index.allocations)
+            matches = match_inputs(inputs, index.shards(), index.num_rows)
+            planned = plan_new(inputs, matches)
+            self._grow(first_shard + len(planned))
+            for shard, contents in enumerate(new_shards(inputs, matches, planned), start=first_shard):
+                self._write_rows(shard, *contents)
             self._compact_if_many()
+        rows = row_numbers(matches, planned, first_shard, width)
         return Allocation(
-            rows=rows[distinct],
-            num_new=len(new),
-            num_known=len(first) - len(new),
-            shards_new=tuple(range(catalogue.num_shards, catalogue.num_shards + len(planned))),
-            shards=_shards_of(rows, self.layout),
+            rows=rows,
+            num_new=matches.num_new,
+            num_known=matches.num_known,
+            shards_new=tuple(range(first_shard, first_shard + len(planned))),
+            shards=shards_of(rows, width),
         )
 
     def adopt(self, shards: Sequence[ShardRows]) -> tuple[int | None, ...]:
@@ -402,26 +404,10 @@ class TeacherStore:
             self._compact_if_many()
         return tuple(numbers)
 
-    def _refuse_bad_ids(self, token_ids: Ragged, segment_ids: Ragged | None) -> None:
-        for ragged, spec in zip((token_ids, segment_ids), self.layout.input_specs, strict=True):
-            if ragged is None or not ragged.values.size:
-                continue
-            # The highest value of the dtype fills the slots that hold no token.
-            limit = int(np.iinfo(spec.dtype).max) - 1
-            low, high = int(ragged.values.min()), int(ragged.values.max())
-            if low < 0 or high > limit:
-                bad = int(np.argmax((ragged.values < 0) | (ragged.values > limit)))
-                row = int(np.searchsorted(ragged.offsets, bad, side="right")) - 1
-                raise RefusedError(
-                    f"{spec.signal} of row {row}: {int(ragged.values[bad])} is not 0 to {limit}",
-                    fix=f"the store keeps {spec.signal} as {spec.dtype}; is this the teacher's tokenizer?",
-                )
-
-    def _write_rows(self, shard: int, keys: Keys, token_ids: Ragged, segment_ids: Ragged | None) -> None:
+    def _write_rows(self, shard: int, keys: Keys, token_ids: Ragged, segment_ids: Ragged) -> None:
         ids_spec, segments_spec = self.layout.input_specs
-        segments = np.zeros(len(token_ids.values), dtype=np.uint8) if segment_ids is None else segment_ids.values
         written = []
-        for spec, values in ((ids_spec, token_ids.values), (segments_spec, segments)):
+        for spec, values in ((ids_spec, token_ids.values), (segments_spec, segment_ids.values)):
             parts = shard_parts(self.layout, spec, values)
             file = FileRecord(spec, shard, *hash_parts(parts))
             self.files.write(file.file, parts)
@@ -687,7 +673,7 @@ class TeacherStore:
         """
         from .reader import StoreReader
 
-        return StoreReader(self, encodings, None if rows is None else _shards_of(rows, self.layout))
+        return StoreReader(self, encodings, None if rows is None else shards_of(rows, self.layout.rows_per_shard))
 
     def inspect(self) -> dict[str, Any]:
         """What the store holds, for people and `--json`."""
@@ -756,10 +742,6 @@ class TeacherStore:
         from .verify import verify_store
 
         return verify_store(self.url)
-
-
-def _shards_of(rows: IntArray, layout: StoreLayout) -> tuple[int, ...]:
-    return tuple(np.unique(rows // layout.rows_per_shard).tolist())
 
 
 @lru_cache(maxsize=4)

@@ -6,9 +6,8 @@ row key of its teacher outputs. The key is compared with the store's before anyt
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..artifact import atomic_write_bytes, open_artifact
+from ..artifact import atomic_writer, open_artifact
 from ..errors import RefusedError, VerificationError
 from ..ragged import IntArray
+from .arrow import from_arrow, to_arrow
 from .compacted import PARQUET_ERRORS
 from .keys import Keys, key_hex, keys_from_arrow, keys_to_arrow
+from .scratch import BLOCK_ROWS, column, passed, release
 from .signal import ArraySpec, Signal
 from .store import open_store
 
@@ -76,7 +77,7 @@ class View:
     @cached_property
     def examples(self) -> pa.Table:
         """All columns of the corpus, then `row` int64 and `row_key` fixed_size_binary(16)."""
-        return _read_examples(self.path, None, num_rows=len(self))
+        return _read_examples(self.path, len(self))
 
     @cached_property
     def reader(self) -> StoreReader:
@@ -111,47 +112,79 @@ class View:
         return ", ".join(value.hex() if isinstance(value, bytes) else str(value) for value in values)
 
 
-def _require_same_rows(reader: StoreReader, rows: IntArray, expected: Keys, *, where: str) -> None:
-    """Refuse when a row of the store is not the input that an example was joined to."""
-    found = reader.row_keys(rows)
-    differs = (expected != found).any(axis=1)
-    if differs.any():
-        example = int(np.argmax(differs))
+def _require_same_rows(reader: StoreReader, rows: IntArray, expected: Iterable[Keys], *, where: str) -> None:
+    """Refuse when a row of the store is not the input that an example was joined to; `expected` comes in blocks."""
+    first: tuple[int, Keys, Keys] | None = None
+    start = num_bad = 0
+    for keys in expected:
+        found = reader.row_keys(rows[start : start + len(keys)])
+        bad = np.flatnonzero((keys != found).any(axis=1))
+        if len(bad) and first is None:
+            first = start + int(bad[0]), keys[bad[:1]], found[bad[:1]]
+        num_bad += len(bad)
+        start += len(keys)
+        # What was compared is not looked at again.
+        reader.index.release()
+        release(rows)
+    if first is not None:
+        example, key, other = first
         raise VerificationError(
             f"{where}: example {example} was joined to row {int(rows[example])} of {reader.files.url}, "
-            f"which holds another input ({int(differs.sum())} of {len(rows)} examples)",
-            details=[f"row key in the view: {key_hex(expected, example)}", f"in the store: {key_hex(found, example)}"],
+            f"which holds another input ({num_bad} of {len(rows)} examples)",
+            details=[f"row key in the view: {key_hex(key, 0)}", f"in the store: {key_hex(other, 0)}"],
             fix="run kd cache-teacher again to make the view anew",
         )
 
 
-def _read_examples(folder: Path, columns: list[str] | None, *, num_rows: int | None = None) -> pa.Table:
+def _open_examples(folder: Path, num_rows: int | None) -> pq.ParquetFile:
+    """The file of the examples, whose numbers of rows agree with each other and with those of the manifest."""
     file = folder / EXAMPLES
+    parquet = pq.ParquetFile(file)
+    metadata = parquet.metadata
+    num_rows = metadata.num_rows if num_rows is None else num_rows
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    if not num_rows == metadata.num_rows == sum(group.num_rows for group in groups):
+        raise VerificationError(f"{file} has {metadata.num_rows} rows, the manifest says {num_rows}")
+    # Every row has a key of its own but for duplicates; a file of a few bytes with a billion rows is none of ours.
+    if num_rows > file.stat().st_size:
+        raise VerificationError(f"{file} says it has {num_rows} rows in {file.stat().st_size} bytes")
+    return parquet
+
+
+def _unreadable(folder: Path, error: Exception) -> VerificationError:
+    return VerificationError(
+        f"{folder / EXAMPLES} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
+    )
+
+
+def _read_examples(folder: Path, num_rows: int) -> pa.Table:
     try:
-        parquet = pq.ParquetFile(file)
-        metadata = parquet.metadata
-        num_rows = metadata.num_rows if num_rows is None else num_rows
-        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        if not num_rows == metadata.num_rows == sum(group.num_rows for group in groups):
-            raise VerificationError(f"{file} has {metadata.num_rows} rows, the manifest says {num_rows}")
-        # Every row has a key of its own but for duplicates; a file of a few bytes with a billion rows is none of ours.
-        if num_rows > file.stat().st_size:
-            raise VerificationError(f"{file} says it has {num_rows} rows in {file.stat().st_size} bytes")
-        return parquet.read(columns=columns)
+        return _open_examples(folder, num_rows).read()
     except (ValueError, *PARQUET_ERRORS) as error:
-        raise VerificationError(
-            f"{file} cannot be read: {error}", fix="run kd cache-teacher again to make the view anew"
-        ) from None
+        raise _unreadable(folder, error) from None
 
 
-def read_rows(folder: Path) -> IntArray:
+def _read_column(folder: Path, name: str, dtype: pa.DataType, num_rows: int | None) -> Iterator[pa.Array]:
+    """A column that kd adds to the examples, in blocks of rows."""
+    try:
+        parquet = _open_examples(folder, num_rows)
+        if name not in parquet.schema_arrow.names or parquet.schema_arrow.field(name).type != dtype:
+            raise VerificationError(f"{folder / EXAMPLES} lacks the column {name} ({dtype})")
+        # Group by group: an iterator over several keeps what it has read of all of them.
+        for group in range(parquet.num_row_groups):
+            for batch in parquet.iter_batches(BLOCK_ROWS, row_groups=[group], columns=[name], use_threads=False):
+                yield batch.column(0)
+    except (ValueError, *PARQUET_ERRORS) as error:
+        raise _unreadable(folder, error) from None
+
+
+def read_rows(folder: Path, num_rows: int | None = None) -> IntArray:
     """int64 [N] row numbers of a view, without opening its store; VerificationError when they cannot be read."""
-    joined = _read_examples(folder, ["row"])
-    if joined.column_names != ["row"] or joined.schema.field("row").type != pa.int64():
-        raise VerificationError(f"{folder / EXAMPLES} lacks the column row (int64)")
-    rows: IntArray = joined.column("row").to_numpy()
-    if rows.size and rows.min() < 0:
-        raise VerificationError(f"{folder / EXAMPLES} names row {int(rows.min())}")
+    parts = _read_column(folder, "row", pa.int64(), num_rows)
+    rows: IntArray = column((from_arrow(part, np.int64) for part in parts), np.int64)
+    for _, part in passed(rows):
+        if part.min() < 0:
+            raise VerificationError(f"{folder / EXAMPLES} names row {int(part.min())}")
     return rows
 
 
@@ -176,12 +209,16 @@ def write_view(
     if len(rows_N) != len(examples):
         raise RefusedError(f"view {path}: {len(examples)} examples, {len(rows_N)} rows")
     table = examples.drop_columns([name for name in ("row", "row_key") if name in examples.column_names])
-    table = table.append_column(pa.field("row", pa.int64(), nullable=False), pa.array(rows_N))
-    keys = keys_to_arrow(store.reader().row_keys(rows_N))
-    table = table.append_column(pa.field("row_key", pa.binary(16), nullable=False), keys)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    atomic_write_bytes(Path(path) / EXAMPLES, buffer.getvalue())
+    index, schema = store.reader().index, table.schema
+    for added in (pa.field("row", pa.int64(), nullable=False), pa.field("row_key", pa.binary(16), nullable=False)):
+        schema = schema.append(added)
+    # Values that occur once are no gain from a dictionary.
+    others = [name for name in schema.names if name not in ("row", "row_key", "example_id")]
+    with atomic_writer(Path(path) / EXAMPLES) as file, pq.ParquetWriter(file, schema, use_dictionary=others) as writer:
+        for part, rows in passed(rows_N):
+            columns = [*table.slice(part.start, len(rows)).columns, to_arrow(rows), keys_to_arrow(index.row_keys(rows))]
+            writer.write_table(pa.table(columns, schema=schema))
+            index.release()
     return {
         "store": _address_from(Path(path), store),
         "store_identity": store.identity.digest,
@@ -242,14 +279,12 @@ def open_view(path: str | os.PathLike[str]) -> View:
             details=[f"store the view was made for: {identity}", f"store found: {store.identity.digest}"],
             fix="put the original store back, or run kd cache-teacher again",
         )
-    joined = _read_examples(folder, ["row", "row_key"], num_rows=num_rows)
-    if sorted(joined.column_names) != ["row", "row_key"] or joined.schema.field("row").type != pa.int64():
-        raise VerificationError(f"{folder / EXAMPLES} lacks the columns row (int64) and row_key")
-    rows = joined.column("row").to_numpy()
+    rows = read_rows(folder, num_rows)
     corpus = content["corpus"]
     info = corpus.get("info", corpus)
     if not isinstance(info, dict):
         raise VerificationError(f"the manifest of view {folder}: info of the corpus is {info!r}")
     view = View(folder, store, rows, info, content, artifact.fingerprint)
-    _require_same_rows(view.reader, rows, keys_from_arrow(joined.column("row_key")), where=f"view {folder}")
+    keys = _read_column(folder, "row_key", pa.binary(16), num_rows)
+    _require_same_rows(view.reader, rows, map(keys_from_arrow, keys), where=f"view {folder}")
     return view

@@ -17,13 +17,12 @@ from ...pipeline.stage import Stage, StageContext, StageResult, option
 
 if TYPE_CHECKING:
     from ...pipeline.ragged import Ragged
-    from ...pipeline.store import ArraySpec, Signal, StoreIdentity, StoreLayout, TeacherStore
+    from ...pipeline.store import ArraySpec, InputRows, Signal, StoreIdentity, StoreLayout, TeacherStore
     from ...pipeline.store.plan import ShardSize
     from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
-    from .capture import CapturedShard
+    from .capture import CapturedShard, CaptureJob
     from .teacher import Teacher
-    from .tokenize import Encoded
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
 
@@ -44,7 +43,11 @@ class CacheTeacher(Stage):
         False, help="Run Python code that comes with the checkpoint.", identity=False, panel=TEACHER
     )
     dtype: str = option(
-        "float32", help="Compute dtype.", panel=TEACHER, choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
+        "float32",
+        help="Compute dtype; below float32 its effect on logits is measured.",
+        panel=TEACHER,
+        choices=("float32", "bfloat16", "float16"),
+        metavar="DTYPE",
     )
     max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
     device: str | None = option(
@@ -267,6 +270,7 @@ class CacheTeacher(Stage):
 
     def plan(self, context: StageContext) -> Plan:
         """Tokenise and look up: what is there, what is to be computed, what it costs. Writes nothing."""
+        from ...pipeline.store.store import preview
         from .sidecars import missing_sidecars, parse_sidecars
 
         progress = context.progress
@@ -279,17 +283,18 @@ class CacheTeacher(Stage):
             progress.info(f"rows are cut at {self._max_tokens} tokens, the most that the teacher takes")
         store = self._open_store()
         layout = self._layout(store, progress.warn)
-        encoded = self._encode(context)
-        preview = _preview(store, layout, encoded)
+        inputs, num_truncated = self._tokenise(layout, context)
+        planned = preview(inputs, None if store is None else store.index())
         specs = self._specs(store)
-        missing = {} if store is None else store.missing(specs, preview.shards)
+        missing = {} if store is None else store.missing(specs, planned.shards)
         sidecars = parse_sidecars(self.sidecars)
         return Plan(
             url=self.store,
             store=store,
             layout=layout,
-            encoded=encoded,
-            preview=preview,
+            inputs=inputs,
+            num_truncated=num_truncated,
+            preview=planned,
             specs=specs,
             missing=missing,
             missing_sizes=[] if store is None else store.shard_sizes(missing),
@@ -332,21 +337,29 @@ class CacheTeacher(Stage):
                 warn(f"--{name.replace('_', '-')} {value} is ignored: store {self.store} was made with {fixed}")
         return store.layout
 
-    def _encode(self, context: StageContext) -> Encoded:
-        from .tokenize import encode_rows
+    def _tokenise(self, layout: StoreLayout, context: StageContext) -> tuple[InputRows, int]:
+        """What the teacher will read, and how many rows were cut; a few thousand rows are in memory at a time."""
+        from ...pipeline.store import InputRows
+        from .tokenize import CHUNK_ROWS, encode_rows
 
-        texts_a, texts_b = self._corpus.texts()
-        task = context.progress.task("tokenising", total=len(texts_a), unit="rows")
-        encoded = encode_rows(self._teacher.tokenizer, texts_a, texts_b, self._max_tokens, advance=task.advance)
-        task.done()
-        highest = int(encoded.token_ids.values.max(initial=0))
-        if highest >= self._teacher.vocab_size:
-            raise RefusedError(
-                f"teacher {self.teacher}: its tokenizer gives token id {highest}, "
-                f"its model has {self._teacher.vocab_size} embeddings",
-                fix="put the tokenizer that the model was trained with into the folder",
+        corpus, inputs, num_truncated = self._corpus, InputRows(layout), 0
+        task = context.progress.task("tokenising", total=len(corpus), unit="rows")
+        for start in range(0, len(corpus), CHUNK_ROWS):
+            texts_a, texts_b = corpus.texts(slice(start, start + CHUNK_ROWS))
+            encoded = encode_rows(
+                self._teacher.tokenizer, texts_a, texts_b, self._max_tokens, first_row=start, advance=task.advance
             )
-        return encoded
+            highest = int(encoded.token_ids.values.max(initial=0))
+            if highest >= self._teacher.vocab_size:
+                raise RefusedError(
+                    f"teacher {self.teacher}: its tokenizer gives token id {highest}, "
+                    f"its model has {self._teacher.vocab_size} embeddings",
+                    fix="put the tokenizer that the model was trained with into the folder",
+                )
+            inputs.add(encoded.token_ids, encoded.segment_ids)
+            num_truncated += int(encoded.truncated.sum())
+        task.done()
+        return inputs, num_truncated
 
     def _specs(self, store: TeacherStore | None) -> tuple[ArraySpec, ...]:
         """How each signal is stored: as the store has it, else as asked, else by default."""
@@ -375,7 +388,7 @@ class CacheTeacher(Stage):
 
         progress, teacher = context.progress, self._teacher
         store = create_or_open(self.store, self._identity_of_store, plan.layout if plan.store is None else None)
-        allocation = store.allocate(plan.encoded.token_ids, plan.encoded.segment_ids)
+        allocation = store.allocate_inputs(plan.inputs)
         specs = store.declare(plan.specs)
         # Before anything is captured: from here on `kd store gc` leaves what this view needs.
         store.enter_view(
@@ -413,6 +426,7 @@ class CacheTeacher(Stage):
         else:
             teacher.unload()
 
+        effect = self._dtype_effect(job, [shard for shard in sorted(missing) if shard not in plan.recoded], context)
         started = time.perf_counter()
         if missing:
             again = sum(its.rows for shard, its in zip(missing, sizes, strict=True) if shard in plan.recoded)
@@ -439,7 +453,7 @@ class CacheTeacher(Stage):
             "rows_new": allocation.num_new,
             "rows_known": allocation.num_known,
             "duplicates": allocation.num_duplicates,
-            "truncated_rows": int(plan.encoded.truncated.sum()),
+            "truncated_rows": plan.num_truncated,
             "rows_computed": rows_computed,
             "rows_recoded": sum(record.rows_recoded for record in records),
             "shards_computed": sum(record.rows > 0 for record in records),
@@ -447,6 +461,7 @@ class CacheTeacher(Stage):
             "capture_seconds": round(seconds, 3),
             "rows_per_s": round(rows_computed / seconds, 1) if rows_computed else 0.0,
             "store_digest": store.digest(),
+            **({} if effect is None else {"dtype_effect": effect}),
         }
         failed = [outcome for outcome in outcomes if outcome.failure is not None]
         if failed:
@@ -474,6 +489,19 @@ class CacheTeacher(Stage):
             },
         )
         return StageResult(summary=summary, content=content)
+
+    def _dtype_effect(self, job: CaptureJob, shards: Sequence[int], context: StageContext) -> dict[str, Any] | None:
+        """What the compute dtype does to logits, on some rows of the first shard that the teacher is to run over."""
+        if self.dtype == "float32" or not self._teacher.has_head or not shards:
+            return None
+        from .capture import forget_teachers
+        from .dtype_effect import describe_effect, measure_dtype_effect
+
+        effect = measure_dtype_effect(job, self._teacher, shards[0])
+        context.progress.info(describe_effect(effect), **effect)
+        if not self._in_this_process:
+            forget_teachers()  # workers load their own
+        return effect
 
     @property
     def _in_this_process(self) -> bool:
@@ -527,7 +555,7 @@ class CacheTeacher(Stage):
             "rows_new": plan.preview.num_new,
             "rows_known": plan.preview.num_known,
             "duplicates": len(self._corpus) - plan.preview.num_new - plan.preview.num_known,
-            "truncated_rows": int(plan.encoded.truncated.sum()),
+            "truncated_rows": plan.num_truncated,
             "rows_to_compute": plan.rows_to_compute,
             "tokens_to_compute": plan.tokens_to_compute,
             "shards_to_compute": plan.shards_to_compute,
@@ -577,7 +605,8 @@ class Plan:
         url: of the store.
         store: None when it is to be made.
         layout: the store's own, or the one it will get.
-        encoded: the corpus as the teacher reads it.
+        inputs: the corpus as the teacher reads it.
+        num_truncated: rows of it that were cut.
         preview: which rows are new, and the shards they will take.
         specs: the signals asked for.
         missing: shards that are there and hold a row of the corpus → signals they lack.
@@ -591,7 +620,8 @@ class Plan:
     url: str
     store: TeacherStore | None
     layout: StoreLayout
-    encoded: Encoded
+    inputs: InputRows
+    num_truncated: int
     preview: AllocationPreview
     specs: tuple[ArraySpec, ...]
     missing: Mapping[int, tuple[ArraySpec, ...]]
@@ -607,9 +637,9 @@ class Plan:
         return [*self.preview.sizes, *(size for shard, size in sizes if shard not in self.recoded)]
 
     def typical_rows(self) -> tuple[Ragged, Ragged]:
-        """Token and segment ids of rows like those to be computed."""
+        """Token and segment ids of some rows like those to be computed."""
         if self.preview.num_new or self.store is None:
-            return self.encoded.token_ids, self.encoded.segment_ids
+            return self.inputs.first_step()
         rows = self.store.read_tokens(next(shard for shard in self.missing if shard not in self.recoded))
         return rows.token_ids, rows.segment_ids
 
@@ -664,18 +694,6 @@ def _recoded(store: TeacherStore, missing: Mapping[int, Sequence[ArraySpec]]) ->
         for shard, specs in missing.items()
         if recodable(catalogue, shard, specs).keys() == {spec.signal for spec in specs}
     )
-
-
-def _preview(store: TeacherStore | None, layout: StoreLayout, encoded: Encoded) -> AllocationPreview:
-    if store is not None:
-        return store.preview(encoded.token_ids, encoded.segment_ids)
-    from ...pipeline.store import plan_shards, row_keys
-    from ...pipeline.store.keys import first_occurrences
-    from ...pipeline.store.store import AllocationPreview
-
-    first, _ = first_occurrences(row_keys(encoded.token_ids, encoded.segment_ids))
-    planned = tuple(plan_shards(encoded.token_ids.lengths[first], layout))
-    return AllocationPreview(num_new=len(first), num_known=0, planned=planned, shards=())
 
 
 def _waiting(shards: Sequence[int]) -> str:

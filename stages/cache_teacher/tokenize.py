@@ -46,11 +46,13 @@ def encode_rows(
     texts_b: Sequence[str] | None,
     max_length: int,
     *,
+    first_row: int = 0,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Encoded:
     """As `encode`, and which rows were cut.
 
     Args:
+        first_row: number of the first row in the corpus, for messages.
         advance: called with numbers of rows done.
 
     Raises:
@@ -93,7 +95,7 @@ def encode_rows(
     every_length = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
     if (every_length == 0).any():
         row = int(np.argmin(every_length))
-        raise RefusedError(f"row {row} has no tokens: {texts_a[row][:60]!r}", fix="drop rows without text")
+        raise RefusedError(f"row {first_row + row} has no tokens: {texts_a[row][:60]!r}", fix="drop rows without text")
     return Encoded(
         Ragged.from_lengths(np.concatenate([np.empty(0, dtype=np.int64), *ids]), every_length),
         Ragged.from_lengths(np.concatenate([np.empty(0, dtype=np.uint8), *segments]), every_length),

@@ -53,10 +53,10 @@ class Corpus:
         """32 hex: hash of the rows (texts, labels, origin) and what they mean; the order of the rows does not count."""
         return combined_digest([row_digests(self.table, self.info)], self.info)
 
-    def texts(self) -> tuple[list[str], list[str] | None]:
-        """The texts in row order; the second list is None for single texts."""
-        second = self.table["text_b"].to_pylist() if self.info.is_pair else None
-        return self.table["text_a"].to_pylist(), second
+    def texts(self, rows: slice = slice(None)) -> tuple[list[str], list[str] | None]:
+        """The texts of some rows, or of all, in row order; the second list is None for single texts."""
+        table = self.table.select(["text_a", "text_b"])[rows]
+        return table["text_a"].to_pylist(), table["text_b"].to_pylist() if self.info.is_pair else None
 
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
         """`(labels, has_gold)` in row order.

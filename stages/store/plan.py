@@ -136,6 +136,7 @@ class PlanStore(Stage):
                 fixed[f"sidecar {name}"] = sum(map(len, contents[1].values()))
         records = [name for name in fixed if name.startswith("sidecar ")]
         fixed["register of views"] = REGISTER_BYTES
+        token_ids, segment_ids = plan.inputs.first_step()
         return Work(
             store=plan.store,
             layout=plan.layout,
@@ -145,8 +146,8 @@ class PlanStore(Stage):
             shards=plan.preview.shards,
             fixed=fixed | {name: fixed[name] + SIDECAR_RECORD_BYTES for name in records},
             num_rows=plan.preview.num_new + plan.preview.num_known,
-            token_ids=plan.encoded.token_ids,
-            segment_ids=plan.encoded.segment_ids,
+            token_ids=token_ids,
+            segment_ids=segment_ids,
         )
 
     def _store_alone(self) -> Work:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .order import BatchOrder
 from .rows import Batch, Rows
@@ -32,13 +34,22 @@ class BatchLoader:
         first_step: optimiser steps that an interrupted run has done.
         last_step: optimiser steps in all; a run that was interrupted after them gets no batch.
         threads: how many gather ahead; 0 gathers when a batch is asked for.
+        pinned: as `gather_ahead` takes it.
     """
 
     def __init__(
-        self, rows: Rows, order: BatchOrder, *, first_step: int = 0, last_step: int | None = None, threads: int = 1
+        self,
+        rows: Rows,
+        order: BatchOrder,
+        *,
+        first_step: int = 0,
+        last_step: int | None = None,
+        threads: int = 1,
+        pinned: bool = False,
     ) -> None:
         self.dataset = rows
         self.order = order
+        self.pinned = pinned
         self.wait_s = 0.0
         self._first_step, self._last_step = first_step, last_step
         self._epoch = first_step // order.steps_per_epoch
@@ -58,7 +69,7 @@ class BatchLoader:
         if self._last_step is not None:
             left = self._last_step - self._epoch * self.order.steps_per_epoch - skipped
             batches = itertools.islice(batches, max(left, 0) * self.order.accumulation)
-        gathered = gather_ahead(self.dataset, batches, threads=self._threads)
+        gathered = gather_ahead(self.dataset, batches, threads=self._threads, pinned=self.pinned)
         try:
             while True:
                 started = time.perf_counter()
@@ -73,16 +84,31 @@ class BatchLoader:
             gathered.close()
 
 
-def gather_ahead(rows: Rows, batches: Iterable[np.ndarray], *, threads: int = 1) -> Generator[Batch, None, None]:
-    """The batches in their order, some gathered before they are asked for."""
+def gather_ahead(
+    rows: Rows, batches: Iterable[np.ndarray], *, threads: int = 1, pinned: bool = False
+) -> Generator[Batch, None, None]:
+    """The batches in their order, some gathered before they are asked for.
+
+    Args:
+        rows: what they are made of.
+        batches: the rows of each.
+        threads: how many gather; 0 gathers when a batch is asked for.
+        pinned: whether tensors are put into memory that a GPU copies from by itself. torch keeps such memory and hands
+            it out again, never before the copies from it are done.
+    """
+
+    def gather(index: np.ndarray) -> Batch:
+        batch = rows.batch(index)
+        return _pinned(batch) if pinned else batch
+
     if threads <= 0:
-        yield from map(rows.batch, batches)
+        yield from map(gather, batches)
         return
     queue: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="kd-gather") as pool:
         try:
             for index in batches:
-                queue.append(pool.submit(rows.batch, index))
+                queue.append(pool.submit(gather, index))
                 if len(queue) >= BATCHES_AHEAD * threads:
                     yield queue.popleft().result()
             while queue:
@@ -90,3 +116,9 @@ def gather_ahead(rows: Rows, batches: Iterable[np.ndarray], *, threads: int = 1)
         finally:
             for future in queue:
                 future.cancel()
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _pinned(each) for name, each in value.items()}
+    return value.pin_memory() if isinstance(value, Tensor) else value

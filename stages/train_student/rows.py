@@ -78,6 +78,12 @@ class StoreRows:
         padded = [(_widened(values, width), places) for values, _, places in found]
         return _merged(padded), lengths
 
+    def gather_pairs(self, signal: Signal, index_B: np.ndarray) -> np.ndarray:
+        """[B, T, T, ...] a signal with one entry per pair of tokens, zeros where one is none of the row's."""
+        found = [(reader.gather_pairs(signal, rows)[0], places) for reader, rows, places in self.parts(index_B)]
+        width = max(values.shape[1] for values, _ in found)
+        return _merged([(_widened(values, width, axes=(1, 2)), places) for values, places in found])
+
 
 def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     if len(parts) == 1:
@@ -90,11 +96,12 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return merged
 
 
-def _widened(values: np.ndarray, width: int) -> np.ndarray:
-    if values.shape[1] == width:
+def _widened(values: np.ndarray, width: int, *, axes: tuple[int, ...] = (1,)) -> np.ndarray:
+    """`values` with zeros after their end, `width` long along the axes of tokens."""
+    if all(values.shape[axis] == width for axis in axes):
         return values
-    wide = np.zeros((values.shape[0], width, *values.shape[2:]), values.dtype)
-    wide[:, : values.shape[1]] = values
+    wide = np.zeros([width if axis in axes else size for axis, size in enumerate(values.shape)], values.dtype)
+    wide[tuple(slice(size) for size in values.shape)] = values
     return wide
 
 
@@ -167,7 +174,8 @@ class Rows:
 
         Returns:
             `inputs` (keyword arguments of the student: ids and masks int64 [B, T]), `labels`, `has_gold` [B] and
-            `signals` (teacher tensors by `str(signal)`, in the stored dtype; token states are zero after a row's end).
+            `signals` (teacher tensors by `str(signal)`, in the stored dtype; token states [B, T, ...] and scores
+            [B, H, T, T] are zero after a row's end).
         """
         ids, lengths, segments = self.tokens.gather(index_B, segments=self.with_segments)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
@@ -191,6 +199,8 @@ class Rows:
         for signal in self.signals:
             if signal.kind.axis == "token":
                 values, _ = self.stored.gather_tokens(signal, index_B)
+            elif signal.kind.axis == "pair":
+                values = np.moveaxis(self.stored.gather_pairs(signal, index_B), 3, 1)
             else:
                 values = self.stored.gather(signal, index_B)
             found[str(signal)] = torch.from_numpy(values)

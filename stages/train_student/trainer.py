@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,8 +115,11 @@ class StudentTrainer(Trainer):
     ) -> None:
         super().__init__(train_dataset=rows, eval_dataset=eval_rows, data_collator=_as_it_is, **arguments)
         threads = self.args.dataloader_num_workers
+        pinned = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
         last_step = self.args.max_steps if self.args.max_steps > 0 else None
-        self.loader = BatchLoader(rows, order, first_step=first_step, last_step=last_step, threads=threads)
+        self.loader = BatchLoader(
+            rows, order, first_step=first_step, last_step=last_step, threads=threads, pinned=pinned
+        )
         self.clock = _Clock(order)
         self.add_callback(self.clock)
         self._score = score
@@ -134,6 +138,12 @@ class StudentTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """The loader; it is not prepared by accelerate, which would share its batches out again."""
         return self.loader
+
+    def _prepare_input(self, data: Any) -> Any:
+        if self.loader.pinned and isinstance(data, Tensor):
+            # The copy follows the steps that the device still has to do; nobody waits for it.
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # --- loss ----------------------------------------------------------------------------------------------------
 
@@ -230,9 +240,10 @@ class StudentTrainer(Trainer):
         """The model that is trained, out of whatever wraps it."""
         return self.distillation.student
 
-    @property
+    @cached_property
     def distillation(self) -> Distillation:
         """It and its methods, out of whatever wraps them."""
+        # Asked for in every step; to unwrap it, accelerate goes through all modules.
         distillation = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         assert isinstance(distillation, Distillation)
         return distillation
@@ -258,10 +269,15 @@ def predict_logits(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = batches[part[0] :: part[1]]
     logits_NC = np.zeros((len(rows), int(student.config.num_labels or 0)), np.float32)
+    pinned = torch.device(device).type == "cuda"
+    found = []
     with torch.inference_mode():
-        for index, batch in zip(batches, gather_ahead(rows, batches), strict=True):
-            inputs = {name: tensor.to(device) for name, tensor in batch["inputs"].items()}
-            logits_NC[index] = student(**inputs).logits.float().cpu().numpy()
+        for batch in gather_ahead(rows, batches, pinned=pinned):
+            inputs = {name: tensor.to(device, non_blocking=pinned) for name, tensor in batch["inputs"].items()}
+            found.append(student(**inputs).logits.float())
+    if batches:
+        # All at once: on a GPU, every copy back waits until the device is idle.
+        logits_NC[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
     student.train(was_training)
     return logits_NC
 

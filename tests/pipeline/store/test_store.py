@@ -15,7 +15,16 @@ import pytest
 
 from kd.pipeline.errors import RefusedError, UsageError, VerificationError
 from kd.pipeline.ragged import Ragged
-from kd.pipeline.store import Signal, StoreIdentity, StoreLayout, array_spec, create_or_open, open_store, row_keys
+from kd.pipeline.store import (
+    InputRows,
+    Signal,
+    StoreIdentity,
+    StoreLayout,
+    array_spec,
+    create_or_open,
+    open_store,
+    row_keys,
+)
 
 
 def test_equal_inputs_share_a_row_and_known_rows_keep_theirs(tmp_path: Path, identity, tools) -> None:
@@ -40,7 +49,7 @@ def test_an_overlapping_corpus_costs_its_unseen_rows_only(tmp_path: Path, identi
     ids, segments = tools.make_rows(30)
     store.allocate(ids.slice(0, 18), segments.slice(0, 18))
     before = tools.tree(tmp_path)
-    preview = store.preview(ids, segments)
+    preview = store.preview(InputRows.of(store.layout, ids, segments))
     second = store.allocate(ids, segments)
     assert (preview.num_new, preview.num_known) == (second.num_new, second.num_known) == (12, 18)
     assert len(preview.planned) == len(second.shards_new)

@@ -279,7 +279,7 @@ def test_token_ids_that_were_committed_for_other_row_keys_are_found(store: Teach
     from kd.pipeline.store import store as module
 
     monkeypatch.setattr(
-        module, "encode_index", lambda keys, lengths, real=module.encode_index: real(keys[::-1], lengths)
+        module, "encode_index", lambda keys, *rest, real=module.encode_index, **named: real(keys[::-1], *rest, **named)
     )
     number = store.catalogue().num_shards
     store.allocate(*tools.make_rows(4, seed=3))

@@ -111,6 +111,26 @@ def test_gathering_ahead_keeps_the_order(view: Any, threads: int) -> None:
     assert [batch["labels"].tolist() for batch in found] == [batch.tolist() for batch in batches]
 
 
+def test_pinned_batches_are_pinned_tensor_by_tensor(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be pinned: a copy that is told apart by its place stands in for it."""
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.add(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    rows, index = rows_of(view), np.arange(9)
+    (batch,) = gather_ahead(rows, [index], pinned=True)
+    expected = rows.batch(index)
+    for group, names in (("inputs", expected["inputs"]), ("signals", expected["signals"])):
+        assert {*batch[group]} == {*names}
+        for name, tensor in batch[group].items():
+            assert tensor.data_ptr() in pinned and torch.equal(tensor, expected[group][name])
+    assert batch["labels"].data_ptr() in pinned and batch["has_gold"].data_ptr() in pinned
+
+
 def test_an_error_while_gathering_ahead_reaches_the_training_loop(view: Any) -> None:
     with pytest.raises(IndexError):
         list(gather_ahead(rows_of(view), [np.array([0]), np.array([10_000])]))

@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.pipeline.store.signal import SIGNALS
 from kd.stages.train_student.methods import Method, Shapes, methods
 
-from . import reference
+from .cases import CASES, Case
 from .worlds import World, alike, make, shapes
 
-ATTENTION = ("tinybert", "ir-kd", "mobilebert", "minilm", "minilmv2")
 BANK = World.made((8,) * 5, 2, lengths=(2,) * 6, seed=5)
 """A teacher's other rows, for methods that compare with them."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One method under test.
-
-    Attributes:
-        spec: the method, with options.
-        reference: its loss of one example in numpy.
-        least: the loss of a student that equals its teacher; None where that is not known.
-        identical: options under which the method compares layer m with layer m of a teacher of the same depth.
-    """
-
-    spec: str
-    reference: Callable[..., float]
-    least: float | None = 0.0
-    identical: str = ""
-
-    @property
-    def method(self) -> Method:
-        return make(self.spec)
-
-    @property
-    def name(self) -> str:
-        return self.method.name
-
-
-CASES = [
-    Case("soft-target", reference.soft_target),
-    Case("logit-mse", reference.logit_mse),
-    Case("fitnets", reference.fitnets),
-    Case("fsp", reference.fsp),
-    Case("pkd", reference.pkd),
-    Case("distilbert", reference.distilbert),
-    Case("tinybert", reference.tinybert),
-    Case("ir-kd", reference.ir_kd),
-    Case("mobilebert", reference.mobilebert),
-    Case("ckd", reference.ckd),
-    Case("ckd:at=tok:layer_map=overlap", reference.ckd_tokens, identical="ckd:at=tok"),
-    Case("alp-kd", reference.alp_kd, identical="alp-kd:layer_map=regular"),
-    Case("codir:size=5", reference.codir, least=None),
-    Case("rail-kd:size=5", reference.rail_kd),
-    Case("minilm", reference.minilm),
-    Case("minilmv2", reference.minilmv2),
-]
-# Until a store can hold attention.
-CASES = [case for case in CASES if "attention.score" in SIGNALS or case.method.name not in ATTENTION]
 
 
 def run(
@@ -106,7 +55,7 @@ table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.spec)
 
 
 def test_every_method_with_a_teacher_is_in_the_table() -> None:
-    assert {case.name for case in CASES} | {"hard", *(() if "attention.score" in SIGNALS else ATTENTION)} == {*methods}
+    assert {case.name for case in CASES} | {"hard"} == {*methods}
 
 
 @table

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kd.pipeline.errors import UsageError
-from kd.pipeline.store.signal import SIGNALS
 from kd.stages.train_student.methods import (
     Shapes,
     StudentOutputs,
@@ -366,7 +365,6 @@ ANY = {"soft-target", "logit-mse", "hard", "fitnets", "fsp", "pkd", "distilbert"
 SAME_HEADS = {"tinybert", "ir-kd", "mobilebert", "minilm"}
 
 
-@pytest.mark.skipif("attention.score" not in SIGNALS, reason="no attention in stores yet")
 @pytest.mark.parametrize(
     ("changes", "fitting"),
     [
@@ -383,7 +381,6 @@ def test_the_methods_of_a_student_are_those_of_the_table(changes: dict[str, obje
     assert {*fitting_methods(form, reads_teacher_tokens=False)} == fitting - of_tokens
 
 
-@pytest.mark.skipif("attention.score" not in SIGNALS, reason="no attention in stores yet")
 @pytest.mark.parametrize(
     ("spec", "changes", "words"),
     [
@@ -446,5 +443,4 @@ def test_official_reductions_are_the_default_times_what_the_codes_divide_by() ->
     for reduction in ("token", "official"):
         assert value(f"distilbert:reduction={reduction}") == pytest.approx((1 - cosines).mean().item(), rel=1e-5)
     tiny = "tinybert:attention=none:embedding=false:layer_map=2-6"
-    if "attention.score" in SIGNALS:
-        assert value(f"{tiny}:reduction=official") == pytest.approx(squares.sum().item() / (2 * 3 * 8), rel=1e-5)
+    assert value(f"{tiny}:reduction=official") == pytest.approx(squares.sum().item() / (2 * 3 * 8), rel=1e-5)

@@ -1,0 +1,122 @@
+"""Offline is online: what a store gives of a teacher, against the teacher run beside the student, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+import kd
+from kd.stages.train_student import TrainStudent
+from kd.stages.train_student.attention_watch import AttentionWatch
+from kd.stages.train_student.methods import StudentOutputs
+from kd.stages.train_student.preparation import Preparation
+from kd.stages.train_student.trainer import Distillation
+from kd.stages.train_student.training import make_data
+
+from .cases import CASES, Case
+from .worlds import World
+
+SIGNALS = ("hidden.cls@all", "hidden.mean@all", "hidden.tok@all", "attention.score@1-2", "attention.qkv@1-2")
+ROWS = np.arange(3, 11)
+OTHERS = np.arange(20, 30)
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def view(
+    request: pytest.FixtureRequest, tiny_teacher: Path, sentences: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    pq.write_table(pa.table({"text": sentences[:40]}), folder / "text.parquet")
+    kd.cache_teacher(
+        teacher=str(tiny_teacher),
+        dataset=str(folder / "text.parquet"),
+        text_column="text",
+        store=str(folder / "store"),
+        signals=",".join(["logits", *(f"{signal}:{request.param}" for signal in SIGNALS)]),
+        output_dir=str(folder / "view"),
+    )
+    return request.param, folder / "view"
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(str(tiny_teacher)).eval()
+
+
+def live(teacher: Any, inputs: Mapping[str, Tensor]) -> World:
+    """What the teacher shows of a batch when it runs beside the student."""
+    watch = AttentionWatch(teacher)
+    with torch.no_grad(), watch:
+        shown = teacher(**inputs, output_hidden_states=True)
+    return World(inputs["attention_mask"].bool(), shown.logits, shown.hidden_states, watch.heads())
+
+
+def prepared_for(spec: str, view: Path) -> Preparation:
+    stage = TrainStudent(
+        view=(str(view),),
+        student="bert:num_layers=2:hidden_size=16:heads=4",
+        init="random",
+        method=(spec,),
+        output_dir="unused",
+    )
+    return stage.prepared
+
+
+def step(distillation: Distillation, batch: Mapping[str, Any], **fields: Any) -> tuple[float, Tensor]:
+    """Loss and the gradient of everything trained, as one vector."""
+    distillation.zero_grad()
+    loss = distillation(**{**batch, **fields})["loss"]
+    loss.backward()
+    parts = [p.grad.flatten() for p in distillation.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(parts).double()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.spec)
+def test_the_stores_signals_train_as_the_live_teacher_would(case: Case, view: tuple[str, Path], teacher: Any) -> None:
+    dtype, folder = view
+    prepared = prepared_for(case.spec, folder)
+    torch.manual_seed(0)
+    tokenizer = prepared.teacher.tokenizer
+    model = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer).model
+    # Started at 0.02, its outputs would hardly depend on its input.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.25)
+    rows = make_data(prepared, tokenizer, model).rows
+    distillation = Distillation(model, prepared.student, prepared.terms, prepared.shapes).eval()
+
+    batch, others = rows.batch(ROWS), rows.batch(OTHERS)
+    shown, shown_others = live(teacher, batch["inputs"]), live(teacher, others["inputs"])
+    online = {str(signal): shown.signal(signal) for signal in prepared.signals}
+    online_others = {str(s): shown_others.signal(s) for s in prepared.signals if s.kind.axis == "example"}
+    assert {name: values.shape for name, values in batch["signals"].items()} == {
+        name: values.shape for name, values in online.items()
+    }
+
+    cached = step(distillation, batch, negatives=rows.sentence_signals(OTHERS))
+    beside = step(distillation, batch, signals=online, negatives=online_others)
+    tolerance = 1e-6 if dtype == "float32" else 1e-3
+    assert cached[0] == pytest.approx(beside[0], rel=tolerance)
+    assert torch.cosine_similarity(cached[1], beside[1], dim=0).item() >= 0.9999
+    assert beside[0] > 1e-3 and beside[1].norm() > 1e-6
+
+    rolled = {name: values.roll(1, 0) for name, values in batch["signals"].items()}
+    other, _ = step(distillation, batch, signals=rolled, negatives=rows.sentence_signals(OTHERS))
+    assert abs(other - cached[0]) > tolerance * cached[0], "rows of others would not be noticed"
+
+
+def test_a_teacher_shows_the_same_logits_watched_or_not(teacher: Any) -> None:
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert isinstance(live(teacher, inputs).outputs(), StudentOutputs)
+    with torch.no_grad():
+        assert torch.equal(live(teacher, inputs).logits, teacher(**inputs).logits)
