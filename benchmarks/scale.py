@@ -5,7 +5,7 @@
 - plan: a new corpus into an empty store: tokenised rows to keys, looked up, packed into shards, the shards allocated;
 - plan again: the same corpus into the store that has it: every row is looked up among all rows;
 - view: opening a view of all rows, every row key compared with the store's;
-- epoch: every batch of 64 of one epoch of training, of similar length, without reading what the rows hold.
+- epoch: the view, the lengths of its rows, and every batch of 64 of an epoch of training, without what the rows hold.
 
 Rows are made up a block at a time, and making them does not count. Every phase and size is a process of its own.
 `peak` is the most that the process had resident (VmHWM): interpreter, libraries and mapped pages included; the target
@@ -69,14 +69,15 @@ def epoch(folder: Path, num_rows: int) -> float:
     import numpy as np
 
     from kd.pipeline.store import open_view
-    from kd.pipeline.store.scratch import blocks, column
     from kd.stages.train_student.order import BatchOrder
+    from kd.stages.train_student.rows import StoredTokens, StoreRows
+    from kd.stages.train_student.training import _numbers
 
-    opened = open_view(folder / "view")
-    lengths = column((opened.reader.lengths(opened.rows[part]) for part in blocks(num_rows)), np.uint16)
     _ready()
     started = time.perf_counter()
-    order = BatchOrder(rows=opened.rows, lengths=lengths, batch_size=BATCH, seed=1)
+    opened = open_view(folder / "view")
+    lengths = StoredTokens(StoreRows([opened.reader], [opened.rows])).lengths
+    order = BatchOrder(rows=_numbers(np.ones(num_rows, dtype=bool)), lengths=lengths, batch_size=BATCH, seed=1)
     count = sum(len(batch) for batch in order.batches(0))
     spent = time.perf_counter() - started
     assert count == num_rows // BATCH * BATCH

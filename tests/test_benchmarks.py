@@ -15,7 +15,7 @@ SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
     "read": ["--quick", "--rows", "200", "--batches", "2", "--rounds", "1", "--formats", "copies,datasets,parquet"],
     "scale": ["--sizes", "200,400"],
-    "startup": ["--repeats", "1"],
+    "startup": ["--repeats", "1", "--rows", "20000"],
     "train": [
         *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
         *("--batch-size", "8"),

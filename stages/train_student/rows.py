@@ -17,11 +17,10 @@ import torch
 
 from ...pipeline.ragged import Ragged
 from ...pipeline.store.reader import StoreReader
+from ...pipeline.store.scratch import passed
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
 
 Batch = dict[str, Any]
-ROWS_AT_ONCE = 1 << 18
-"""Where all rows are gone through in parts."""
 
 
 class TokenSource(Protocol):
@@ -113,14 +112,14 @@ class StoredTokens:
     lengths: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # int32, and found in parts: kept for all rows of a run, at ten million of them every byte is ten megabytes.
-        lengths = np.empty(len(self.stored), np.int32)
-        start = 0
+        # In the narrowest type that holds them: at ten million rows every byte is ten megabytes.
+        parts = [np.empty(0, np.uint8)]
         for reader, rows in zip(self.stored.readers, self.stored.rows, strict=True):
-            for first in range(0, len(rows), ROWS_AT_ONCE):
-                found = reader.lengths(rows[first : first + ROWS_AT_ONCE])
-                lengths[start : start + len(found)] = found
-                start += len(found)
+            for _, part in passed(rows):
+                found = reader.lengths(part)
+                parts.append(found.astype(np.min_scalar_type(found.max())))
+            reader.index.release()
+        lengths = np.concatenate(parts)
         object.__setattr__(self, "lengths", lengths)
 
     def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.stage import StageContext, StageResult
+from ...pipeline.store.scratch import blocks, column
 from ..cache_teacher.tokenize import encode
 from ..corpus.corpus import Corpus
 from ..metrics import agreement, task_metrics
@@ -171,8 +172,9 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
 
 
 def _numbers(chosen_N: np.ndarray) -> np.ndarray:
-    """Where it is True, in half the memory of int64 wherever that holds them."""
-    return np.flatnonzero(chosen_N).astype(np.int32 if len(chosen_N) < 1 << 31 else np.int64)
+    """Where it is True: a column on disk where it is large."""
+    found = (np.flatnonzero(chosen_N[part]) + part.start for part in blocks(len(chosen_N)))
+    return column(found, np.int32 if len(chosen_N) < 1 << 31 else np.int64)
 
 
 def _evaluation(
