@@ -22,6 +22,7 @@ from .pipeline.errors import KdError, UsageError, near_match
 from .pipeline.progress import duration, mute_libraries, open_progress, size
 from .pipeline.ranks import launched
 from .pipeline.stage import Outcome, Stage, StageContext, execute
+from .pipeline.threads import keep_to_quota
 from .stages import COMMANDS, stage_class
 
 SUMMARY = "Run a teacher once, keep what it said, and train any number of students from that."
@@ -54,6 +55,7 @@ ARTIFACT_OPTIONS: tuple[tuple[str, str, str, str | None], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kd` with `argv` (without the program's name; those of the process by default); the exit code."""
     words = [*(sys.argv[1:] if argv is None else argv)]
+    os.environ.update(keep_to_quota())
     as_json, verbose = _asked(words, "--json"), _asked(words, "--verbose")
     try:
         code = typer.main.get_command(app()).main(args=words or ["--help"], prog_name="kd", standalone_mode=False)

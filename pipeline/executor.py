@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from itertools import count, islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import KdError, RefusedError, UsageError, near_match
+from .threads import thread_environment
 
 Computed = TypeVar("Computed")
 Record = TypeVar("Record")
@@ -80,14 +80,6 @@ def check_execution(workers: int, cluster: str | None) -> None:
                 "MODULE:FUNCTION       a function that returns a dask cluster (SLURM, SSH, Kubernetes, ...)",
             ],
         )
-
-
-def threads_per_process(workers: int) -> int:
-    """Compute threads for each of `workers` processes on this machine; OMP_NUM_THREADS is an upper bound."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // workers)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(share, int(asked)) if asked.isdigit() and int(asked) > 0 else share
 
 
 def map_shards(
@@ -291,10 +283,7 @@ def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Ite
     from distributed import Nanny, Scheduler, SpecCluster
     from distributed.system import MEMORY_LIMIT
 
-    threads = str(threads_per_process(workers))
-    # dask would give every worker one compute thread.
-    common = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    common["TOKENIZERS_PARALLELISM"] = "false"
+    common = thread_environment(workers)  # dask would give every worker one compute thread
     options = [
         {
             "nthreads": 1,

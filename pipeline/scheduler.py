@@ -27,9 +27,9 @@ from .artifact import MANIFEST, open_artifact
 from .config import command_line
 from .errors import KdError, RefusedError
 from .stage import Progress, ProgressTask, Stage, pending
+from .threads import thread_environment
 from .workflow import Step, Workflow
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _ASKED = re.compile(r"\x00(short)?:([^\x00]+)\x00")
 _STOP_S = 60.0
 """How long interrupted steps have to leave things in order."""
@@ -199,9 +199,7 @@ class _Run:
         given = {**_environment(), "KD_PROGRESS": "json", "KD_TRACEBACK": "1"}
         given.setdefault("KD_PROGRESS_INTERVAL", "0.5")
         if self.jobs > 1:
-            threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
-            for name in _THREAD_VARIABLES:
-                given.setdefault(name, threads)
+            given |= thread_environment(self.jobs)
         return given
 
     def stop(self, threads: list[threading.Thread]) -> None:

@@ -20,6 +20,7 @@ SMALL = {
         *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
         *("--batch-size", "8"),
     ],
+    "write": ["--quick", "--megabytes", "1", "--rounds", "1"],
     "verify": ["--rows", "200", "--rounds", "1"],
 }
 

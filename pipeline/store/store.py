@@ -18,6 +18,7 @@ from ..errors import RefusedError, UsageError, VerificationError
 from ..fingerprint import fingerprint
 from ..ragged import IntArray, Ragged
 from . import sidecar
+from .buffers import SpareBuffers
 from .compact import LOOSE_RECORDS, Compaction, compact_records, count_loose
 from .files import LOCK_FILE, STAGING, Claim, StoreFiles, open_files
 from .identity import StoreIdentity
@@ -239,6 +240,8 @@ class TeacherStore:
         self.store_digest = store_digest
         """Of identity and layout; every record names it."""
         self._records = RecordReader(files, store_digest, layout)
+        self.buffers = SpareBuffers()
+        """Memory for the writers of this process."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self.files.address, self.store_digest)

@@ -77,7 +77,7 @@ class ShardWriter:
         for spec in specs:
             self._specs.setdefault(spec.signal, []).append(spec)
         self._buffers = {
-            spec.path: np.empty((allocation.entries(spec), *spec.shape), dtype=spec.dtype) for spec in specs
+            spec.path: store.buffers.take((allocation.entries(spec), *spec.shape), spec.dtype) for spec in specs
         }
         self._written = {signal: np.zeros(allocation.rows, dtype=bool) for signal in self._specs}
 
@@ -234,7 +234,11 @@ class ShardWriter:
             staged = {}
             for file, parts in self.encoded(todo):
                 staged[file] = stack.enter_context(files.stage(file.file, parts))
-            return commit_files(self._store, self._allocation, staged)
+                del parts
+            record = commit_files(self._store, self._allocation, staged)
+        self._store.buffers.give(self._buffers.values())
+        self._buffers = {}
+        return record
 
     def encoded(self, specs: Iterable[ArraySpec] | None = None) -> Iterator[tuple[FileRecord, list[Buffer]]]:
         """The shard files as they are to be written: record and parts of each, sorted by path.

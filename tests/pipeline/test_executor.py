@@ -23,8 +23,8 @@ from kd.pipeline.executor import (
     ShardOutcome,
     check_execution,
     map_shards,
-    threads_per_process,
 )
+from kd.pipeline.threads import thread_environment
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Square:
         return {
             "square": computed,
             "pid": os.getpid(),
-            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "threads": {name: os.environ.get(name) for name in thread_environment(1)},
             "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
         }
 
@@ -148,15 +148,6 @@ def test_no_workers_is_a_usage_error() -> None:
         check_execution(0, None)
 
 
-def test_threads_are_shared_out_and_never_fewer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cores = len(os.sched_getaffinity(0))
-    assert threads_per_process(1) == cores
-    assert threads_per_process(cores * 2) == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads_per_process(1) == 1
-
-
 def test_a_missing_scheduler_is_refused_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RefusedError, match="no dask scheduler answers at file:"):
         list(map_shards(Square(str(tmp_path)), [1], name="t", cluster=f"file:{tmp_path}/none.json"))
@@ -240,7 +231,7 @@ def test_own_workers_have_their_share_of_threads_and_their_own_environment(tmp_p
     env = [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "9"}]
     outcomes = list(map_shards(job, range(4), name="own", workers=2, worker_env=env))
     records = [outcome.record for outcome in outcomes if outcome.record is not None]
-    assert {record["threads"] for record in records} == {str(threads_per_process(2))}
+    assert all(record["threads"] == thread_environment(2) for record in records)
     assert {record["device"] for record in records} == {"7", "9"}
 
 
