@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
     parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 7; 2 if quick)")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
     steps = options.steps or (20 if quick else 30)
@@ -70,7 +71,7 @@ def main() -> None:
         store = make_store(Path(folder) / "store", lengths, [LOGITS] if quick else [LOGITS, TOKENS])
         bench = partial(Workbench, store, folder=Path(folder), steps=steps, batch_size=options.batch_size)
         if "step" in options.only:
-            cases = {"step, logits": bench(), "step, logits, bf16": bench(bf16=True)}
+            cases = {"step, logits": bench(), "step, logits, bf16": bench(autocast="bf16")}
             if not quick:
                 cases["step, logits and hidden.tok"] = bench(signals=(LOGITS, TOKENS))
             for name, case in cases.items():
@@ -79,7 +80,7 @@ def main() -> None:
             notes.append(f"{millions:.2f} M trainable: kd leaves out embeddings that no training row reaches.")
         if "epoch" in options.only:
             for student in ["bilstm"] if quick else ["bilstm", "bert"]:
-                case = bench(student=student, steps=live_steps, warm_up=1)
+                case = bench(student=student, steps=live_steps, warm_up=1, teacher_layers=options.teacher_layers)
                 figures += live_figures(f"epoch, {student}", case, 1 + rounds // 5)
             notes.append(f"Epochs of {EPOCH_ROWS:,} rows, scaled from {live_steps} steps of {options.batch_size} rows.")
         if "resume" in options.only:
@@ -89,9 +90,11 @@ def main() -> None:
     finish("train", figures, settings, notes=notes)
 
 
-def step_figures(what: str, case: Workbench, rounds: int, *, with_trainer: bool) -> list[Figure]:
+def step_figures(what: str, case: Workbench, rounds: int, *, with_trainer: bool = False) -> list[Figure]:
     """Rows per second of each way, and the share of kd's time that it waits for batches."""
-    ways = {"kd": case.kd, "in memory": case.in_memory, "bare loop": case.bare_loop}
+    ways = {"kd": case.kd, "in memory": case.in_memory}
+    if case.autocast != "fp16":  # which needs its loss scaled
+        ways["bare loop"] = case.bare_loop
     if with_trainer:
         ways["Trainer"] = case.huggingface
     seconds = take_turns(ways, rounds)
@@ -121,14 +124,14 @@ def live_figures(what: str, case: Workbench, rounds: int) -> list[Figure]:
 
 def resume_figures(folder: Path, num_rows: int) -> list[Figure]:
     """Seconds to the first batch after a checkpoint in mid-epoch."""
-    lengths = sst2_lengths(num_rows)
-    store = make_store(folder, lengths, [LOGITS])
+    store = make_store(folder, sst2_lengths(num_rows), [LOGITS])
     started = time.perf_counter()
     rows = store_rows(store, (LOGITS,))
     opened = time.perf_counter()
-    rows.seen_tokens(np.arange(num_rows, dtype=np.int32), VOCABULARY)
+    index = np.arange(len(rows), dtype=np.int32)  # some short rows are alike, and then one
+    rows.seen_tokens(index, VOCABULARY)
     seen = time.perf_counter()
-    order = BatchOrder(np.arange(num_rows, dtype=np.int32), rows.tokens.lengths, batch_size=128, seed=1)
+    order = BatchOrder(index, rows.tokens.lengths, batch_size=128, seed=1)
     middle = order.steps_per_epoch // 2
     times = []
     for epoch in (1, 2, 3):
@@ -160,8 +163,9 @@ class Workbench:
         batch_size: rows per step.
         signals: targets: logits, with or without token states.
         student: "bilstm", or "bert" (4 layers, 312 wide).
-        bf16: whether the student trains in autocast.
+        autocast: "bf16" or "fp16", or nothing.
         device: on which it trains.
+        teacher_layers: of the live teacher.
     """
 
     def __init__(
@@ -174,11 +178,12 @@ class Workbench:
         warm_up: int = 8,
         signals: tuple[Signal, ...] = (LOGITS,),
         student: str = "bilstm",
-        bf16: bool = False,
+        autocast: str = "",
         device: str = "cpu",
+        teacher_layers: int = 12,
     ) -> None:
-        self.steps, self.warm_up, self.student, self.bf16, self.device = steps, warm_up, student, bf16, device
-        self._folder = folder
+        self.steps, self.warm_up, self.student, self.autocast, self.device = steps, warm_up, student, autocast, device
+        self._folder, self._teacher_layers = folder, teacher_layers
         self.rows = store_rows(store, signals)
         index = np.arange(len(self.rows), dtype=np.int32)
         self.order = BatchOrder(index, self.rows.tokens.lengths, batch_size=batch_size, seed=1)
@@ -206,7 +211,7 @@ class Workbench:
 
     def live(self, dtype: str) -> Timed:
         """The same trainer, the logits of every batch from a teacher that runs when the batch is asked for."""
-        teacher = bert_base(dtype, self.device)
+        teacher = live_teacher(dtype, self.device, self._teacher_layers)
         return Timed(self._train(Given(map(partial(answered, teacher, self.device), self._batches)), threads=0)[1])
 
     def bare_loop(self) -> Timed:
@@ -220,7 +225,7 @@ class Workbench:
             if number == self.warm_up:
                 started = self._now()
             batch = moved(batch, self.device)
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast == "bf16"):
                 loss = model(**batch)["loss"]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -281,7 +286,8 @@ class Workbench:
             per_device_train_batch_size=self.order.batch_size,
             learning_rate=1e-3,
             optim="adamw_torch_fused",
-            bf16=self.bf16,
+            bf16=self.autocast == "bf16",
+            fp16=self.autocast == "fp16",
             use_cpu=self.device == "cpu",
             save_strategy="no",
             logging_steps=0.02,
@@ -402,13 +408,13 @@ def student_model(name: str) -> Any:
 
 
 @cache
-def bert_base(dtype: str, device: str) -> Any:
-    """A teacher of the size of BERT-base with random weights."""
+def live_teacher(dtype: str, device: str, layers: int) -> Any:
+    """A teacher of the width of BERT-base with random weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(1)
-    teacher = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES))
-    return teacher.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    config = BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, num_hidden_layers=layers)
+    return BertForSequenceClassification(config).to(device, getattr(torch, dtype)).eval().requires_grad_(False)
 
 
 def pad_only_tokenizer() -> Any:
@@ -466,6 +472,7 @@ def quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHARED = {"formats", "large_store", "report"}
 SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
+    "gpu": ["--device", "cpu", "--quick", "--rows", "60", "--steps", "1"],
     "read": ["--quick", "--rows", "200", "--batches", "2", "--rounds", "1", "--formats", "copies,datasets,parquet"],
     "scale": ["--sizes", "200,400"],
     "startup": ["--repeats", "1", "--rows", "20000"],
     "train": [
         *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
-        *("--batch-size", "8"),
+        *("--batch-size", "8", "--teacher-layers", "1"),
     ],
     "write": ["--quick", "--megabytes", "1", "--rounds", "1"],
     "verify": ["--rows", "200", "--rounds", "1"],
@@ -36,3 +38,12 @@ def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_for_gpus_says_that_there_is_none() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr and "--device cpu --quick" in done.stderr and not done.stdout
