@@ -12,8 +12,9 @@
         schedules: {soft-target.weight: "linear:start=4:end=1"}
 
 A phase has its methods, its length (`share` of all steps, or its own `max_steps` or `num_train_epochs`), and what it
-trains. With `per_layer` an entry stands for one phase per layer of the student, bottom first; its texts may then hold
-`{layer}`, `{pair}` (that layer and its teacher layer) and `{pairs}` (those up to it).
+trains. In texts `{middle}` and `{last}` stand for layers of the student. With `per_layer` an entry stands for one
+phase per layer of the student, bottom first; its texts may then hold `{layer}`, `{pair}` (that layer and its teacher
+layer) and `{pairs}` (those up to it).
 """
 
 from __future__ import annotations
@@ -201,32 +202,32 @@ def _check_keys(settings: Settings, known: Sequence[str], noun: str) -> None:
 
 
 def _expanded(entry: Settings, shapes: Shapes) -> list[Settings]:
-    """The entry itself, or one copy of it per layer with its placeholders filled."""
-    rule = entry.get("per_layer")
+    """The entry, or one copy of it per layer, with placeholders filled."""
+    rule, num_layers = entry.get("per_layer"), shapes.student_layers
+    values = {"middle": str((num_layers + 1) // 2), "last": str(num_layers)}
     if rule is None:
-        return [entry]
+        return [_filled(entry, values, entry.place())]
     place = entry.place("per_layer")
     if rule not in ("skip", "last"):
         raise UsageError(f"{place}: per_layer is {rule!r}; expected skip or last, a layer map")
     pairs = [f"{m}-{g}" for m, g in layer_pairs(rule, shapes, where=f"{place}: per_layer")]
+    name = str(entry.get("name", "layer"))
+    if "{layer}" not in name:
+        name += "-{layer}"
     copies = []
     for layer, pair in enumerate(pairs, 1):
-        values = {"layer": str(layer), "pair": pair, "pairs": "+".join(pairs[:layer])}
-        copy = Settings({key: _filled(value, values, entry.place(key)) for key, value in entry.items()})
-        copy.file, copy.lines = entry.file, entry.lines
+        of_layer = {**values, "layer": str(layer), "pair": pair, "pairs": "+".join(pairs[:layer])}
+        copy = _filled(entry, of_layer, entry.place())
+        copy["name"] = _filled(name, of_layer, entry.place("name"))
         if isinstance(entry.get("share"), int | float):
             copy["share"] = entry["share"] / len(pairs)
-        if "name" not in entry:
-            copy["name"] = f"layer-{layer}"
-        elif copy["name"] == entry["name"]:
-            copy["name"] = f"{entry['name']}-{layer}"
         copies.append(copy)
     return copies
 
 
 def _filled(value: Any, values: Mapping[str, str], place: str) -> Any:
     if isinstance(value, Settings):
-        filled = Settings({key: _filled(item, values, place) for key, item in value.items()})
+        filled = Settings({key: _filled(item, values, value.place(key)) for key, item in value.items()})
         filled.file, filled.lines = value.file, value.lines
         return filled
     if isinstance(value, list):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, methods
@@ -19,15 +20,22 @@ LOGITS = Signal("logits")
 class LogitMse(Method):
     """Squared distance between raw logits: what Tang et al. train a BiLSTM with.
 
-    L = mean_b ||z_student - z_teacher||^2, summed over classes (`sum_class`, as papers write it) or averaged over
+    L = mean_b ||z_student - s z_teacher||^2, summed over classes (`sum_class`, as papers write it) or averaged over
     them (`mean_all`, C times smaller). The high-temperature limit of soft targets, but it also matches the constant
     that a softmax ignores. Any task: labels of a multi-label head and the score of a regression count as classes.
+
+    `scale` is s: a recipe raises it from a fraction to 1, as Annealing-KD does (Jafari et al., arXiv 2104.07163).
 
     Signals: `logits`. Student outputs: `logits`. Projections: none.
     """
 
     source = "Tang et al., Distilling Task-Specific Knowledge from BERT into Simple Neural Networks, arXiv 1903.12136"
     reduction: Literal["sum_class", "mean_all"] = "mean_all"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise UsageError(f"option 'scale' of method 'logit-mse' is {self.scale:g}; expected above 0")
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         return (LOGITS,)
@@ -35,4 +43,6 @@ class LogitMse(Method):
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
-        return {"logit-mse": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction=self.reduction)}
+        # At 1 the product would change nothing but the type of stored half-precision logits.
+        teacher_BC = targets[LOGITS] if self.scale == 1.0 else targets[LOGITS].float() * self.scale
+        return {"logit-mse": losses.logit_mse(student.logits_BC, teacher_BC, reduction=self.reduction)}

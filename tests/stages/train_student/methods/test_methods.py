@@ -444,3 +444,12 @@ def test_official_reductions_are_the_default_times_what_the_codes_divide_by() ->
         assert value(f"distilbert:reduction={reduction}") == pytest.approx((1 - cosines).mean().item(), rel=1e-5)
     tiny = "tinybert:attention=none:embedding=false:layer_map=2-6"
     assert value(f"{tiny}:reduction=official") == pytest.approx(squares.sum().item() / (2 * 3 * 8), rel=1e-5)
+
+
+def test_logit_mse_compares_with_the_teachers_logits_at_a_scale() -> None:
+    student = StudentOutputs(torch.tensor([[1.0, 0.0]]), torch.ones(1, 1, dtype=torch.bool))
+    targets = Targets({"logits": torch.tensor([[4.0, 2.0]])})
+    found = make("logit-mse:reduction=sum_class:scale=0.25").loss(student, targets, torch.nn.ModuleDict(), shapes())
+    assert found["logit-mse"].item() == 0.25
+    with pytest.raises(UsageError, match="'scale' of method 'logit-mse' is 0; expected above 0"):
+        parse_methods("logit-mse:scale=0")
