@@ -35,10 +35,10 @@ BATCH = 64
 
 
 def plan(folder: Path, num_rows: int) -> float:
-    import numpy as np
     from large_store import add_all, blocks_of_ids, open_or_make
 
     from kd.pipeline.store import InputRows
+    from kd.pipeline.store.scratch import passed
 
     store = open_or_make(folder)
     _ready()
@@ -51,8 +51,9 @@ def plan(folder: Path, num_rows: int) -> float:
     for _ in blocks_of_ids(num_rows):
         pass
     making = time.perf_counter() - started
-    if not (folder / "rows.npy").exists():
-        np.save(folder / "rows.npy", rows)
+    with (folder / "rows").open("wb") as file:
+        for _, part in passed(rows):
+            file.write(part.tobytes())
     return spent - making
 
 
@@ -134,7 +135,7 @@ def prepare(folder: Path) -> None:
 
     store = open_or_make(folder)
     capture(store)
-    make_view(folder, store, np.load(folder / "rows.npy", mmap_mode="r"))
+    make_view(folder, store, np.memmap(folder / "rows", dtype=np.int64, mode="r"))
 
 
 def figures_of(phase: str, sizes: list[int], results: list[dict[str, float]]) -> list[Figure]:

@@ -1,7 +1,8 @@
-"""Numbers between NumPy and Arrow without pandas, which pyarrow's own conversions import (40 MB, half a second)."""
+"""Numbers and bytes to Arrow and back without pandas, which pyarrow's own conversions import (40 MB, half a second)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,13 @@ def to_arrow(values: npt.NDArray[Any]) -> pa.Array:
     """A column of numbers [N] without nulls, of the same type; shares the memory where it lies in one piece."""
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def bytes_to_arrow(values: Sequence[bytes], dtype: pa.DataType) -> pa.Array:
+    """A column of binary or string type [N] without nulls; less than 2 GiB together."""
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum(np.fromiter(map(len, values), dtype=np.int32, count=len(values)), out=offsets[1:])
+    return pa.Array.from_buffers(dtype, len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))])
 
 
 def from_arrow(column: pa.Array | pa.ChunkedArray, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

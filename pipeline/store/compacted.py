@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .arrow import bytes_to_arrow
 from .footer import UNCOMPRESSED, row_groups
 from .layout import COMMITS
 
@@ -45,7 +46,11 @@ def digest_of(data: bytes) -> str:
 def encode_compacted(records: Mapping[str, bytes]) -> bytes:
     """A Parquet file of records by name; the same bytes for the same records, whatever their order."""
     names = sorted(records)
-    table = pa.table([pa.array(names, pa.string()), pa.array([records[n] for n in names], pa.binary())], schema=SCHEMA)
+    columns = [
+        bytes_to_arrow([name.encode() for name in names], pa.string()),
+        bytes_to_arrow([records[name] for name in names], pa.binary()),
+    ]
+    table = pa.table(columns, schema=SCHEMA)
     buffer = io.BytesIO()
     # Uncompressed and plain, so that no page can unfold to more than the file's own size.
     pq.write_table(

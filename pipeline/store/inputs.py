@@ -22,7 +22,7 @@ from .scratch import BLOCK_ROWS, Appended, Partitions, blocks, column, passed, r
 
 STEP_ROWS = 4096
 """Rows whose ids are in memory at once; long ones may have hundreds of tokens."""
-PART_KEYS = 1 << 17
+PART_KEYS = 1 << 16
 """Keys that are joined at once, about."""
 _KEYED = np.dtype([("key", np.uint64, 2), ("number", np.int64)])
 _FOUND = np.dtype([("position", np.int64), ("place", np.int64)])
@@ -135,7 +135,10 @@ class Matches:
 
     def is_new(self, rows: slice) -> npt.NDArray[np.bool_]:
         """[n] which of some inputs are new to the store and the first of their kind."""
-        return self.places[rows] == -1 - np.arange(rows.start, rows.stop)
+        new = self.places[rows] == -1 - np.arange(rows.start, rows.stop)
+        # Rows are asked for in order, each once in a pass.
+        release(self.places)
+        return new
 
     @cached_property
     def _new(self) -> tuple[npt.NDArray[np.uint64], IntArray]:
@@ -144,7 +147,6 @@ class Matches:
         for rows in blocks(len(self.places), BLOCK_ROWS):
             bits = np.packbits(self.is_new(rows), bitorder="little")
             words.view(np.uint8)[rows.start // 8 :][: len(bits)] = bits
-            release(self.places)
         return words, offsets_of(np.bitwise_count(words))
 
     @property

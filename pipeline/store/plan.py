@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import RefusedError, UsageError
 from .layout import StoreLayout, group_metadata, metadata_bytes
+from .scratch import release
 from .signal import ArraySpec, Axis
 
 INDEX_BYTES_PER_ROW = 28
@@ -80,6 +81,7 @@ def plan_shards(lengths: npt.ArrayLike, layout: StoreLayout) -> list[PlannedShar
             _refuse_row(lengths_N, start + (int(np.argmin(window[:fits])) if fits else 0), layout)
         shards.append(PlannedShard(start, start + fits, int(tokens[fits - 1]), int(pairs[fits - 1])))
         start += fits
+        release(lengths_N)
     return shards
 
 
