@@ -72,10 +72,17 @@ def methods_page() -> str:
     signals = ListSignals().run(context).summary["signals"]
     rows = [
         f"| `{signal['name']}{'@LAYERS' if signal['per_layer'] else ''}` | {_cell(signal['summary'])} | "
-        f"{signal['axis']} | {signal['dtype']} |"
+        f"`{signal['shape']}` | {signal['dtype']} | {_cell(signal['follows_from'] or '')} | {_cell(signal['needs'])} |"
         for signal in signals
     ]
-    signal_table = "\n".join(["| signal | what it is | one per | stored as |", "|---|---|---|---|", *rows, ""])
+    signal_table = "\n".join(
+        [
+            "| signal | what it is | of one example | stored as | follows from | needs |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
     parts = [METHODS_INTRODUCTION, "## Methods\n", _entries(methods), "## Students\n", _entries(students)]
     return "\n".join([*parts, "## Signals\n", signal_table]).rstrip("\n") + "\n"
 

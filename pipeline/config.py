@@ -50,8 +50,8 @@ class StageField:
 
     @property
     def flag(self) -> str:
-        """The option's spelling on the command line."""
-        return "--" + self.name.replace("_", "-")
+        """The option's spelling on the command line; a field that Python would take for a word of its own ends in _."""
+        return "--" + self.name.rstrip("_").replace("_", "-")
 
     @property
     def shown(self) -> str:
@@ -133,6 +133,7 @@ def parse_values(
     parsed: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        name = name if name in fields or f"{name}_" not in fields else f"{name}_"
         try:
             if name not in fields:
                 raise UsageError(f"{named(key)}: {stage.command} has no such setting{near_match(name, fields)}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..pipeline.artifact import open_artifact
+from ..pipeline.errors import RefusedError, UsageError
 from ..pipeline.stage import Stage, StageContext, StageResult, option
+
+if TYPE_CHECKING:
+    from ..pipeline.store.signal import Axis, SignalKind
+    from .cache_teacher.teacher import Teacher
 
 
 def _table(entries: list[dict[str, Any]]) -> str:
@@ -57,39 +63,144 @@ class ListStudents(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class ListSignals(Stage):
-    """The teacher outputs that `--signals` knows."""
+    """The teacher outputs that `--signals` knows: what they are, what they cost, and what they follow from."""
 
     command: ClassVar[str] = "signals"
-    summary_line: ClassVar[str] = "List the teacher outputs that can be cached."
+    summary_line: ClassVar[str] = "List the teacher outputs that can be cached, with their bytes for a teacher."
+
+    teacher: str | None = option(None, help="Whose sizes to count with: a folder or hub id.", metavar="PATH|ID")
+    trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.")
+    length: int = option(128, help="Tokens of the example that bytes are counted for.", metavar="TOKENS")
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UsageError(f"--length {self.length}: an example has at least one token")
 
     def run(self, context: StageContext) -> StageResult:
         from ..pipeline.store.signal import ENCODINGS, SIGNALS
 
+        teacher = self._described()
         signals = [
-            {"name": name, "summary": kind.about, "axis": kind.axis, "per_layer": kind.per_layer, "dtype": kind.dtype}
+            {
+                "name": name,
+                "summary": kind.about,
+                "axis": kind.axis,
+                "shape": _shape(kind),
+                "per_layer": kind.per_layer,
+                "dtype": kind.dtype,
+                **_origin(name),
+                "needs": NEEDS[name],
+                **({} if teacher is None else self._sizes(teacher, name)),
+            }
             for name, kind in SIGNALS.items()
         ]
         encodings = [{"name": name, "error": encoding.error} for name, encoding in ENCODINGS.items()]
-        return StageResult(summary={"signals": signals, "encodings": encodings})
+        summary: dict[str, Any] = {"signals": signals, "encodings": encodings}
+        if teacher is not None:
+            summary |= {"teacher": self.teacher, "length": self.length, "sidecars": _sidecars(teacher)}
+        return StageResult(summary=summary)
+
+    def _described(self) -> Teacher | None:
+        from .cache_teacher.teacher import describe_teacher
+
+        return (
+            None if self.teacher is None else describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+        )
+
+    def _sizes(self, teacher: Teacher, name: str) -> dict[str, Any]:
+        """Bytes of one example: of a layer, and of all; none of what the teacher does not give."""
+        from ..pipeline.store.signal import SIGNALS, Signal
+
+        kind, sizes = SIGNALS[name], teacher.sizes
+        layers = teacher.num_layers + 1 - kind.first_layer if kind.per_layer else 1
+        if 0 in sizes.shape(signal := Signal(name, teacher.num_layers if kind.per_layer else None)):
+            return {"layers": 0, "bytes": None, "bytes_all_layers": None}
+        entries: dict[Axis, int] = {"example": 1, "token": self.length, "pair": self.length**2}
+        one = sizes.of(signal, entries)
+        return {"layers": layers, "bytes": one, "bytes_all_layers": one * layers}
 
     def report(self, summary: Mapping[str, Any]) -> str:
-        rows = [
-            {
-                "name": signal["name"] + ("@LAYERS" if signal["per_layer"] else ""),
-                "summary": f"{signal['summary']}; per {signal['axis']}, {signal['dtype']}",
-            }
-            for signal in summary["signals"]
-        ]
+        rows = []
+        for signal in summary["signals"]:
+            rows.append(
+                {
+                    "name": signal["name"] + ("@LAYERS" if signal["per_layer"] else ""),
+                    "summary": f"{signal['summary']}; {signal['shape']} {signal['dtype']}" + _cost(signal),
+                }
+            )
+            origin = f"follows from {signal['follows_from']}" if signal["follows_from"] else "follows from nothing else"
+            rows.append({"name": "", "summary": "; ".join(filter(None, (origin, signal["needs"])))})
         encodings = [
             {"name": encoding["name"], "summary": f"largest error: {encoding['error']}"}
             for encoding in summary["encodings"]
         ]
-        return (
-            _table(rows)
-            + "\n\nLAYERS: 6, 4+6, 1-12, all, last; 0 is the embedding output"
-            + "\n\nEach may be followed by :ENCODING, x being the teacher's number:\n"
-            + _table(encodings)
-        )
+        parts = [
+            _table(rows),
+            "LAYERS: 6, 4+6, 1-12, all, last; 0 is the embedding output, attention is in 1 and above",
+            "Each may be followed by :ENCODING, x being the teacher's number:\n" + _table(encodings),
+        ]
+        if "teacher" in summary:
+            parts.insert(0, f"{summary['teacher']}, one example of {summary['length']} tokens")
+            sidecars = [{"name": name, "summary": f"{count:,} B"} for name, count in summary["sidecars"].items()]
+            parts.append("Sidecars, once per teacher:\n" + _table(sidecars))
+        return "\n\n".join(parts)
+
+
+NEEDS: Mapping[str, str] = {
+    "logits": "needs a teacher with a classification head",
+    "hidden.cls": "",
+    "hidden.mean": "",
+    "hidden.tok": "needs a student that reads the teacher's tokens",
+    "attention.qkv": "needs one query, key and value map per layer, and a student that reads the teacher's tokens",
+    "attention.score": "as attention.qkv; refused where positions are relative or rotary",
+}
+"""What a teacher and a student must be like for each signal."""
+
+
+def _shape(kind: SignalKind) -> str:
+    """Of one example, by the names of its dimensions; n tokens."""
+    axis = {"example": [], "token": ["n"], "pair": ["n", "n"]}[kind.axis]
+    return f"[{', '.join([*axis, *kind.dims])}]"
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """What a signal follows from, in words, and by which sidecar: as the lattice has it for layer 2 of 2, and for 0."""
+    from ..pipeline.store.lattice import route_to
+    from ..pipeline.store.signal import SIGNALS, Signal
+
+    kind = SIGNALS[name]
+    layer = None if not kind.per_layer else 2
+    words = {None: "", 2: " of its layer", 1: " of the layer below"}
+    route = route_to(Signal(name, layer), 2)
+    where = ""
+    if route is None and kind.first_layer == 0:
+        route, where = route_to(Signal(name, 0), 2), " (layer 0 only)"
+    if route is None:
+        return {"follows_from": None, "sidecar": None}
+    sidecar = None if route.sidecar is None else route.sidecar.replace("@2", "@LAYER")
+    if name == "logits":
+        words[2] = " of the last layer"
+    sources = [f"{source.name}{words.get(source.layer, '')}" for source in route.sources]
+    text = " and ".join(sources) + (f" with sidecar {sidecar}" if sidecar else "") + where
+    return {"follows_from": text, "sidecar": sidecar}
+
+
+def _cost(signal: Mapping[str, Any]) -> str:
+    if "bytes" not in signal:
+        return ""
+    if signal["bytes"] is None:
+        return "; not of this teacher"
+    one = f"; {signal['bytes']:,} B"
+    return one + (f" a layer, {signal['bytes_all_layers']:,} B for {signal['layers']}" if signal["per_layer"] else "")
+
+
+def _sidecars(teacher: Teacher) -> dict[str, int]:
+    from .cache_teacher.sidecars import SIDECARS, sidecar_bytes
+
+    found = sidecar_bytes(teacher, tuple(SIDECARS))
+    with contextlib.suppress(RefusedError):
+        found |= {"attn_in@LAYER": sidecar_bytes(teacher, ("attn_in@1",))["attn_in@1"]}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,7 +190,7 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
             continue
         if not at:
             raise UsageError(f"signal {name!r} needs a layer", fix=f"write {name}@last, {name}@all or {name}@4+6")
-        for layer in _parse_layers(layers, num_layers, item.strip(), first_layer=SIGNALS[name].first_layer):
+        for layer in parse_layers(layers, num_layers, item.strip(), first_layer=SIGNALS[name].first_layer):
             signals[Signal(name, layer, encoding or None)] = None
     return tuple(signals)
 
@@ -224,7 +224,16 @@ def _format_layers(layers: Sequence[int]) -> str:
     return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
 
 
-def _parse_layers(text: str, num_layers: int, item: str, *, first_layer: int) -> list[int]:
+def parse_layers(text: str, num_layers: int, item: str, *, first_layer: int = 0) -> list[int]:
+    """The layers that `6`, `4+6`, `1-12`, `all` or `last` name.
+
+    Args:
+        item: what they stand in, for messages.
+        first_layer: the lowest there is.
+
+    Raises:
+        UsageError: not of that form, or a layer that the teacher does not have.
+    """
     if text == "all":
         return list(range(first_layer, num_layers + 1))
     if text == "last":
@@ -351,22 +360,6 @@ class ArraySpec:
     def to_json(self) -> dict[str, Any]:
         """What records say about it."""
         return {"array": self.path, "dtype": self.dtype, "encoding": self.encoding, "shape": list(self.shape)}
-
-
-def derivable(specs: Iterable[ArraySpec]) -> list[dict[str, Any]]:
-    """What follows from stored arrays without being stored: the sentence signals of a layer whose tokens are.
-
-    Returns:
-        Per signal: its name, what it follows from, and whether it would be the same number for number.
-    """
-    stored = {(spec.signal.name, spec.signal.layer) for spec in specs}
-    found = []
-    for name, layer in sorted(stored, key=str):
-        if name == "hidden.tok":
-            for wanted, exact in (("hidden.cls", True), ("hidden.mean", False)):
-                if (wanted, layer) not in stored:
-                    found.append({"signal": f"{wanted}@{layer}", "from": f"{name}@{layer}", "exact": exact})
-    return found
 
 
 @dataclass(frozen=True)

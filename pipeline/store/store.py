@@ -25,6 +25,7 @@ from .identity import StoreIdentity
 from .index import RowIndex, encode_index, read_index
 from .inputs import InputRows, match_inputs, new_shards, plan_new, row_numbers, shards_of
 from .keys import Keys, row_keys
+from .lattice import derivable
 from .layout import (
     CLAIMS,
     GROUP_FILE,
@@ -40,7 +41,7 @@ from .layout import (
 from .plan import PlannedShard, ShardSize
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
 from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
-from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, derivable, place
+from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, place
 from .writer import ShardWriter, shard_parts
 
 if TYPE_CHECKING:
@@ -681,6 +682,8 @@ class TeacherStore:
     def inspect(self) -> dict[str, Any]:
         """What the store holds, for people and `--json`."""
         catalogue = self.catalogue()
+        sidecars = sidecar.list_sidecars(self.files)
+        num_layers = self.identity.teacher.get("config", {}).get("num_hidden_layers", 0)
         signals: dict[str, dict[str, Any]] = {}
         declared = self.declared() | dict(catalogue.specs)
         for path, spec in sorted(declared.items(), key=lambda item: (item[1].part, item[0])):
@@ -708,9 +711,9 @@ class TeacherStore:
             "shards": catalogue.num_shards,
             "signals": signals,
             "incomplete": self._incomplete(catalogue),
-            "derivable": derivable(catalogue.specs.values()),
+            "derivable": derivable(catalogue.specs.values(), sidecars, num_layers),
             "views": self._inspect_views(),
-            "sidecars": sidecar.list_sidecars(self.files),
+            "sidecars": sidecars,
             "bytes": sum(signal["bytes"] for signal in signals.values()),
         }
 

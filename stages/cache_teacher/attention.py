@@ -3,12 +3,11 @@
 Fused attention kernels return no attention; the maps in front of them are plain linear layers, so hooks on those see
 all that scores are made of, and the fast kernel stays.
 
-Dimension key: B rows of a batch, T padded length, D hidden width, H heads, d width of a head.
+Dimension key: B rows of a batch, T padded length, D hidden width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...pipeline.errors import RefusedError
+from ..derivation import scores
 
 MAP_NAMES = (
     *(("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v")),
@@ -88,16 +88,6 @@ def _collect(
             keep(layer, outputs)
 
     return hook
-
-
-def scores(query_BTD: Tensor, key_BTD: Tensor, num_heads: int) -> Tensor:
-    """[B, H, T, T] query times key / sqrt(head width), float32: what a softmax over the last axis is taken of."""
-    query_BHTd, key_BHTd = (_by_head(states.float(), num_heads) for states in (query_BTD, key_BTD))
-    return query_BHTd @ key_BHTd.transpose(2, 3) / math.sqrt(query_BHTd.shape[-1])
-
-
-def _by_head(states_BTD: Tensor, num_heads: int) -> Tensor:
-    return states_BTD.reshape(*states_BTD.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def require_true_scores(model: nn.Module, layers: Iterable[int], device: torch.device) -> None:

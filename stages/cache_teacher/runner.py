@@ -18,7 +18,8 @@ from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store.codec import LIMITS
 from ...pipeline.store.signal import Signal
-from .attention import hook_maps, layer_modules, require_true_scores, scores
+from ..derivation import scores
+from .attention import hook_maps, layer_modules, require_true_scores
 
 BATCH_COST = 32
 """One batch more is worth as much as a 32nd of a full batch's tokens less: what it costs whatever its size."""

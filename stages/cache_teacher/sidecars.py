@@ -12,7 +12,7 @@ from ...pipeline.errors import RefusedError, UsageError, near_match
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
+    from torch import Tensor, nn
 
     from ...pipeline.store import TeacherStore
     from .teacher import Teacher
@@ -24,21 +24,36 @@ SIDECARS = {
 }
 """Groups of teacher tensors that can be kept. Together they are the whole teacher."""
 
+ATTENTION = "attn_in"
+"""Query, key and value map of a layer, kept as `attn_in@LAYER`: what the layers have, under names of kd's own."""
+
 TOKENIZER = "tokenizer"
 CONFIG = "config"
 
 
-def parse_sidecars(names: tuple[str, ...]) -> tuple[str, ...]:
+def parse_sidecars(names: tuple[str, ...], num_layers: int | None = None) -> tuple[str, ...]:
     """The sidecars asked for, each once; "none" asks for nothing.
 
+    Args:
+        num_layers: of the teacher; None checks the names alone.
+
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, or layers that the teacher does not have.
     """
-    wanted = tuple(dict.fromkeys(name for name in names if name != "none"))
-    for name in wanted:
-        if name not in SIDECARS:
-            raise UsageError(f"unknown sidecar {name!r}{near_match(name, [*SIDECARS, 'none'])}")
-    return wanted
+    from ...pipeline.store.signal import parse_layers
+
+    wanted: dict[str, None] = {}
+    for name in names:
+        group, at, layers = name.partition("@")
+        if group == ATTENTION and at:
+            numbers = parse_layers(layers, 999 if num_layers is None else num_layers, name, first_layer=1)
+            wanted |= {f"{ATTENTION}@{layer}": None for layer in numbers}
+        elif name in SIDECARS:
+            wanted[name] = None
+        elif name != "none":
+            known = [*SIDECARS, f"{ATTENTION}@LAYERS", "none"]
+            raise UsageError(f"unknown sidecar {name!r}{near_match(name, known)}")
+    return tuple(wanted)
 
 
 def missing_sidecars(store: TeacherStore, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,6 +72,23 @@ def put_sidecars(store: TeacherStore, model: nn.Module, names: tuple[str, ...]) 
         if not tensors:
             raise RefusedError(f"the teacher ({type(model).__name__}) has no tensors for sidecar {name!r}")
         store.put_sidecar(name, tensors)
+
+
+PROOFS = {"embeddings.proof": "hidden.tok@0", "head.proof": "logits", "attention.proof": "attention.score"}
+"""Sidecars that say that a signal follows as the lattice has it: a capture saw it."""
+PROOF_FILE = "derives.json"
+
+
+def proof_of(name: str) -> bytes:
+    """What stands in a proof."""
+    return json.dumps({"derives": PROOFS[name]}).encode() + b"\n"
+
+
+def put_proof(store: TeacherStore, name: str) -> None:
+    """Leave word that a derivation was seen to hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, PROOF_FILE).write_bytes(proof_of(name))
+        store.put_file_sidecar(name, Path(folder))
 
 
 def put_files(store: TeacherStore, teacher: Teacher) -> None:
@@ -80,8 +112,10 @@ def sidecar_contents(teacher: Teacher, name: str) -> tuple[str, dict[str, bytes]
     """(kind, files) of a sidecar as the teacher gives it now; None for a name that kd does not use."""
     from ...pipeline.store.sidecar import folder_files, tensor_files
 
-    if name in SIDECARS:
+    if is_of_tensors(name):
         return "tensors", tensor_files(dict(tensors_of(teacher.load("auto"), name)))
+    if name in PROOFS:
+        return "files", {PROOF_FILE: proof_of(name)}
     if name not in (TOKENIZER, CONFIG):
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -99,29 +133,45 @@ def sidecar_bytes(teacher: Teacher, names: tuple[str, ...]) -> dict[str, int]:
         model = auto.from_config(
             teacher.config, dtype=teacher.config.dtype, trust_remote_code=teacher.trust_remote_code
         )
-    kept, headers = dict.fromkeys(names, 0), dict[str, dict[str, Any]]()
-    for name, group in groups_of(model).items():
-        if group in kept:
-            tensor = model.state_dict()[name]
+    kept = dict.fromkeys(names, 0)
+    for sidecar in names:
+        header: dict[str, Any] = {}
+        for name, tensor in _named_tensors(model, sidecar):
             size = tensor.numel() * (4 if tensor.dtype == torch.bfloat16 else tensor.element_size())
             # As safetensors describes it, in front of the numbers.
-            offsets = [kept[group], kept[group] + size]
-            headers.setdefault(group, {})[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": offsets}
-            kept[group] += size
-    for group, header in headers.items():
-        kept[group] += 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+            offsets = [kept[sidecar], kept[sidecar] + size]
+            header[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": offsets}
+            kept[sidecar] += size
+        kept[sidecar] += 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
     return kept
 
 
-def tensors_of(model: nn.Module, group: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the checkpoint, tensor) of every tensor of one group, in order."""
+def is_of_tensors(name: str) -> bool:
+    """Whether a sidecar of that name holds tensors of the teacher."""
+    return name in SIDECARS or name.startswith(f"{ATTENTION}@")
+
+
+def tensors_of(model: nn.Module, sidecar: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of every tensor of a sidecar, in order; names are the checkpoint's but for `attn_in@LAYER`."""
     import torch
 
+    for name, tensor in _named_tensors(model, sidecar):
+        yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+
+
+def _named_tensors(model: nn.Module, sidecar: str) -> Iterator[tuple[str, Tensor]]:
+    from .attention import attention_maps
+
+    group, _, layer = sidecar.partition("@")
+    if group == ATTENTION:
+        for name, linear in zip(("query", "key", "value"), attention_maps(model, int(layer)), strict=True):
+            for part, tensor in linear.state_dict().items():
+                yield f"{name}.{part}", tensor
+        return
     tensors = model.state_dict()
     for name, its_group in groups_of(model).items():
-        if its_group == group:
-            tensor = tensors[name]
-            yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+        if its_group == sidecar:
+            yield name, tensors[name]
 
 
 def groups_of(model: nn.Module) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ...pipeline.artifact import Artifact
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
 from ...pipeline.executor import ShardOutcome, check_execution, map_shards
 from ...pipeline.stage import Stage, StageContext, StageResult, option
+from .choice import PROFILES
 
 if TYPE_CHECKING:
     from ...pipeline.ragged import Ragged
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from ...pipeline.store.plan import ShardSize
     from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
+    from ..train_student.methods import Term
     from .capture import CapturedShard, CaptureJob
+    from .choice import Choice
+    from .shortcuts import Shortcut
     from .teacher import Teacher
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
@@ -73,6 +77,22 @@ class CacheTeacher(Stage):
     signals: str = option(
         "logits", help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6:int8.", panel=STORE, metavar="LIST"
     )
+    for_: tuple[str, ...] = option(
+        (),
+        help="Methods: also keep the least, in bytes, that all they need follows from (tinybert,minilmv2).",
+        panel=STORE,
+        metavar="METHODS",
+    )
+    student_layers: int | None = option(
+        None, help="Of the student that --for is about; half the teacher's.", panel=STORE, metavar="N"
+    )
+    profile: str | None = option(
+        None,
+        help="Also keep a set of signals by name: " + ", ".join(PROFILES) + ".",
+        panel=STORE,
+        choices=tuple(PROFILES),
+        metavar="NAME",
+    )
     hidden_dtype: str | None = option(
         None,
         help="How hidden states are stored; float16, or as the store has them.",
@@ -83,7 +103,7 @@ class CacheTeacher(Stage):
     )
     sidecars: tuple[str, ...] = option(
         ("embeddings",),
-        help="Teacher tensors to keep: embeddings, layers, head, or none.",
+        help="Teacher tensors to keep: embeddings, layers, head, attn_in@LAYERS (query, key and value maps), or none.",
         identity=False,
         panel=STORE,
         metavar="LIST",
@@ -138,6 +158,8 @@ class CacheTeacher(Stage):
             raise UsageError(f"--max-length {self.max_length}: at least one token is needed")
         check_execution(self.workers, self.cluster)
         parse_sidecars(self.sidecars)
+        if self.student_layers is not None and (self.student_layers < 1 or not self.for_):
+            raise UsageError("--student-layers goes with --for, and is at least 1")
         self._max_bytes()
 
     # --- what it reads, checked from the cheapest to the dearest -------------------------------------------------
@@ -147,7 +169,7 @@ class CacheTeacher(Stage):
         from .teacher import resolve_device
 
         resolve_device(self.device)
-        _ = self._signals  # refused by name before anything is read
+        _ = self._asked, self._needed, self._sidecars  # refused by name before anything is read
         corpus = self._corpus
         identity = self._identity_of_store
         # What an option comes to, not how it was given: a length above the teacher's is the teacher's.
@@ -157,7 +179,7 @@ class CacheTeacher(Stage):
             "max_length": str(self._max_tokens),
             "corpus" if self.corpus is not None else "dataset": corpus.fingerprint,
             **({} if self.dataset is None else {"task": corpus.info.task}),
-            "signals": ",".join(dict.fromkeys(str(spec.encoded) for spec in self._specs(self._open_store()))),
+            **({} if self._chooses else {"signals": ",".join(self._encoded_signals)}),
             "store": identity.digest,
         }
 
@@ -173,18 +195,19 @@ class CacheTeacher(Stage):
     def outdated(self, artifact: Artifact) -> str | None:
         """A finished view is made again when its store is gone, moved, or lacks what was asked for."""
         from ...pipeline.store import open_view
-        from .sidecars import missing_sidecars, parse_sidecars
+        from .sidecars import missing_sidecars
 
         try:
             view = open_view(artifact.path)
             if not view.store.files.is_at(self.store):
                 return f"its store is {view.store.url}, not {self.store}"
-            view.check_coverage(self._signals)
+            # What was chosen stands in the view: to choose again would take the teacher.
+            view.check_coverage(view.signals if self._chooses else self._signals)
             if artifact.fingerprint not in {entry.fingerprint for entry in view.store.views()}:
                 return "the register of its store does not know it, so that its signals might be collected"
         except KdError as error:
             return error.what
-        missing = missing_sidecars(view.store, parse_sidecars(self.sidecars))
+        missing = missing_sidecars(view.store, self._sidecars)
         return f"its store lacks the sidecars {', '.join(missing)}" if missing else None
 
     @cached_property
@@ -193,18 +216,200 @@ class CacheTeacher(Stage):
 
         return describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
 
+    @property
+    def _chooses(self) -> bool:
+        """Whether what is kept depends on the corpus and the teacher's numbers."""
+        return bool(self.for_ or self.profile)
+
+    @property
+    def _encoded_signals(self) -> list[str]:
+        return [*dict.fromkeys(str(spec.encoded) for spec in self._specs(self._open_store()))]
+
     @cached_property
     def _signals(self) -> tuple[Signal, ...]:
+        """What is stored: as asked for, then as chosen."""
+        return tuple(dict.fromkeys((*self._asked, *self._choice.signals)))
+
+    @cached_property
+    def _sidecars(self) -> tuple[str, ...]:
+        """The sidecars asked for by name."""
+        from .choice import profile_needs
+        from .sidecars import parse_sidecars
+
+        of_profile = profile_needs(self.profile, self._teacher)[1] if self.profile else ()
+        return parse_sidecars((*self.sidecars, *of_profile), self._teacher.num_layers)
+
+    @cached_property
+    def _terms(self) -> tuple[Term, ...]:
+        from ..train_student.methods import parse_methods
+
+        return parse_methods(self.for_)
+
+    @cached_property
+    def _needed(self) -> tuple[Signal, ...]:
+        """What the methods of --for and the profile need."""
+        from .choice import needs_of, profile_needs, shapes_for
+
+        needed: tuple[Signal, ...] = ()
+        if self.for_:
+            needed = needs_of(self._terms, shapes_for(self._teacher, self.student_layers))
+        if self.profile:
+            needed += profile_needs(self.profile, self._teacher)[0]
+        self._require_head(needed)
+        return tuple(dict.fromkeys(needed))
+
+    @cached_property
+    def _choice(self) -> Choice:
+        """The smallest set that gives what is needed. Tries out, on a few rows, what follows from what."""
+        from .choice import Choice, entries_of, require_true_scores_for, smallest
+        from .sidecars import sidecar_bytes
+
+        if not self._chooses:
+            return Choice((), (), {})
+        teacher = self._teacher
+        of_attention = sorted(
+            {s.layer for s in self._needed if s.name.startswith("attention.") and s.layer is not None}
+        )
+        maps = [f"attn_in@{layer}" for layer in of_attention]
+        tried = self._try(["embeddings", *maps])
+        scores = self._try_scores(of_attention)
+        require_true_scores_for(self._needed, None if scores is None or scores.holds else scores.why)
+        holding = [name for name, shortcut in tried.items() if shortcut.holds]
+        sizes = sidecar_bytes(teacher, ("embeddings", *(name for name in holding if name in maps)))
+        return smallest(
+            self._needed,
+            entries_of(self._known["sizes"]),
+            teacher.sizes,
+            teacher.num_layers,
+            holds=holding.__contains__,
+            sidecar_bytes=sizes.__getitem__,
+            kept=self._sidecars,
+        )
+
+    def _try(self, sidecars: Sequence[str]) -> dict[str, Shortcut]:
+        """What follows from sidecars for this very teacher; each is tried once."""
+        from .shortcuts import try_shortcuts
+        from .teacher import resolve_device
+
+        untried = [name for name in sidecars if name not in self._tried]
+        if untried:
+            token_ids, segment_ids = self._known["rows"]
+            self._tried.update(
+                try_shortcuts(
+                    self._teacher, untried, token_ids, segment_ids,
+                    dtype=self.dtype, device=resolve_device(self.device),
+                )
+            )  # fmt: skip
+        return {name: self._tried[name] for name in sidecars if name in self._tried}
+
+    @cached_property
+    def _tried(self) -> dict[str, Shortcut]:
+        return {}
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """From the moment that `plan` tokenised the corpus: `rows`, ids and segments of its first rows, and `sizes`,
+        how much the shards take that it stands in or will stand in."""
+        return {}
+
+    @property
+    def _proofs(self) -> list[str]:
+        """Proofs of what was tried and held."""
+        return [
+            f"{name}.proof"
+            for name in ("embeddings", "head", "attention")
+            if name in self._tried and self._tried[name].holds
+        ]
+
+    def _chosen(self) -> dict[str, Any] | None:
+        """The choice for people and `--json`; None where nothing was chosen."""
+        from ...pipeline.store.signal import format_signals
+        from .choice import possible_methods, shapes_for
+
+        if not self._chooses:
+            return None
+        names = [term.method.name for term in self._terms] if self.for_ else []
+        sidecars = [*dict.fromkeys((*self._sidecars, *self._choice.sidecars))]
+        shapes = shapes_for(self._teacher, self.student_layers)
+        return {
+            "for": [*self.for_, *([f"profile {self.profile}"] if self.profile else [])],
+            "student_layers": shapes.student_layers,
+            "signals": format_signals(self._signals),
+            "sidecars": sidecars,
+            "bytes": dict(self._choice.bytes_of),
+            "derived": format_signals(s for s in self._needed if s not in self._signals),
+            "also_possible": [*possible_methods(self._signals, [*sidecars, *self._proofs], shapes, besides=names)],
+        }
+
+    def _say_choice(self, progress: Any) -> None:
+        from ...pipeline.store import format_bytes
+
+        chosen = self._chosen()
+        if chosen is None:
+            return
+        for name, shortcut in self._tried.items():
+            if not shortcut.holds and name != "attention":
+                progress.info(f"{shortcut}; it is stored instead")
+        costs = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen["bytes"].items())
+        about = f", a student of {chosen['student_layers']} layers" if self.for_ else ""
+        progress.info(f"for {', '.join(chosen['for'])}{about}: {costs}", chosen=chosen)
+        if chosen["derived"]:
+            progress.info(f"derived when a student is trained: {chosen['derived']}")
+        if chosen["also_possible"]:
+            progress.info(f"also possible with what is kept: {', '.join(chosen['also_possible'])}")
+
+    def _settle_shortcuts(self, plan: Plan, progress: Any) -> None:
+        """Try what is to be derived from new sidecars and signals, before anything is written.
+
+        Raises:
+            RefusedError: maps were asked for from which this teacher's queries, keys and values do not follow.
+        """
+        tried = self._try(plan.sidecars)
+        broken = [shortcut for shortcut in tried.values() if not shortcut.holds]
+        maps = [shortcut for shortcut in broken if shortcut.sidecar.startswith("attn_in@")]
+        if maps:
+            raise RefusedError(
+                f"teacher {self.teacher}: its queries, keys and values do not follow from the layer below",
+                details=list(map(str, maps)),
+                fix=f"keep them themselves: --signals {','.join(str(shortcut.signal) for shortcut in maps)}",
+            )
+        for shortcut in broken:
+            progress.info(f"{shortcut}: where it is needed, store it")
+        has_proof = plan.store is not None and plan.store.has_sidecar("attention.proof")
+        layers = {spec.signal.layer for spec in plan.specs if spec.signal.name == "attention.qkv"}
+        layers |= {shortcut.signal.layer for shortcut in tried.values() if shortcut.signal.name == "attention.qkv"}
+        if layers and not has_proof:
+            scores = self._try_scores(sorted(layer for layer in layers if layer is not None))
+            if scores is not None and not scores.holds:
+                progress.info(f"{scores}: scores cannot be derived")
+
+    def _try_scores(self, layers: Sequence[int]) -> Shortcut | None:
+        from .shortcuts import try_scores
+        from .teacher import resolve_device
+
+        if layers and "attention" not in self._tried:
+            device = resolve_device(self.device)
+            self._tried["attention"] = try_scores(self._teacher, layers, dtype=self.dtype, device=device)
+        return self._tried.get("attention")
+
+    @cached_property
+    def _asked(self) -> tuple[Signal, ...]:
+        """What --signals names; its default, logits, is not asked of a bare encoder when something else is."""
         from ...pipeline.store import parse_signals
 
         signals = parse_signals(self.signals, self._teacher.num_layers)
+        if self._chooses and not self._teacher.has_head and self.signals == "logits":
+            return ()
+        self._require_head(signals)
+        return signals
+
+    def _require_head(self, signals: Sequence[Signal]) -> None:
         if not self._teacher.has_head and any(signal.name == "logits" for signal in signals):
             raise RefusedError(
                 f"teacher {self.teacher} has no classification head, so it gives no logits",
                 details={"architectures": ", ".join(self._teacher.config.architectures or ["(none)"])},
                 fix="fine-tune it first (kd train-teacher --model ...), or ask for hidden states only",
             )
-        return signals
 
     @cached_property
     def _corpus(self) -> Corpus:
@@ -271,7 +476,7 @@ class CacheTeacher(Stage):
     def plan(self, context: StageContext) -> Plan:
         """Tokenise and look up: what is there, what is to be computed, what it costs. Writes nothing."""
         from ...pipeline.store.store import preview
-        from .sidecars import missing_sidecars, parse_sidecars
+        from .sidecars import missing_sidecars
 
         progress = context.progress
         teacher, corpus = self._teacher, self._corpus
@@ -285,9 +490,12 @@ class CacheTeacher(Stage):
         layout = self._layout(store, progress.warn)
         inputs, num_truncated = self._tokenise(layout, context)
         planned = preview(inputs, None if store is None else store.index())
+        self._known["rows"] = inputs.first_step()
+        self._known["sizes"] = [*planned.sizes, *([] if store is None else store.shard_sizes(planned.shards))]
+        self._say_choice(progress)
         specs = self._specs(store)
         missing = {} if store is None else store.missing(specs, planned.shards)
-        sidecars = parse_sidecars(self.sidecars)
+        sidecars = tuple(dict.fromkeys((*self._sidecars, *self._choice.sidecars)))
         return Plan(
             url=self.store,
             store=store,
@@ -383,10 +591,11 @@ class CacheTeacher(Stage):
     def _capture(self, plan: Plan, context: StageContext) -> StageResult:
         from ...pipeline.store import create_or_open, write_view
         from .capture import CaptureJob, keep_teacher
-        from .sidecars import put_files, put_sidecars
+        from .sidecars import put_files, put_proof, put_sidecars
         from .teacher import resolve_device
 
         progress, teacher = context.progress, self._teacher
+        self._settle_shortcuts(plan, progress)
         store = create_or_open(self.store, self._identity_of_store, plan.layout if plan.store is None else None)
         allocation = store.allocate_inputs(plan.inputs)
         specs = store.declare(plan.specs)
@@ -419,6 +628,9 @@ class CacheTeacher(Stage):
             device=resolve_device(self.device),
             specs=specs,
         )
+        # Before the sidecars they are about: a sidecar that is there is not looked at again.
+        for name in self._proofs:
+            put_proof(store, name)
         if plan.sidecars:
             put_sidecars(store, teacher.load("auto"), plan.sidecars)
         if missing and self._in_this_process:
@@ -562,6 +774,7 @@ class CacheTeacher(Stage):
             "bytes_by_signal": plan.bytes_of,
             "bytes_total": sum(plan.bytes_of.values()),
             "free_bytes": free_bytes(self.store),
+            "chosen": self._chosen(),
             "estimated_seconds": round(seconds, 1),
             "estimated_rows_per_s": round(plan.rows_to_compute / seconds, 1) if seconds else None,
             "dry_run": True,
@@ -589,12 +802,25 @@ class CacheTeacher(Stage):
             f"in {summary['shards_to_compute']} shards",
             f"  time     about {summary['estimated_seconds']} s"
             + (f" ({summary['estimated_rows_per_s']} rows/s)" if summary["estimated_rows_per_s"] else ""),
+            *_choice_lines(summary["chosen"]),
             "  bytes",
             *(f"    {name:<{width}}  {format_bytes(size):>8}" for name, size in bytes_of.items()),
             f"    {'in all':<{width}}  {format_bytes(summary['bytes_total']):>8}  "
             + ("" if free is None else f"({format_bytes(free)} free)"),
         ]
         return "\n".join(lines)
+
+
+def _choice_lines(chosen: Mapping[str, Any] | None) -> list[str]:
+    if chosen is None:
+        return []
+    lines = [
+        f"  chosen   for {', '.join(chosen['for'])}",
+        f"    --signals {chosen['signals']} --sidecars {','.join(chosen['sidecars']) or 'none'}",
+    ]
+    for what, text in (("derived", chosen["derived"]), ("also possible", ", ".join(chosen["also_possible"]))):
+        lines += [f"    {what}: {text}"] if text else []
+    return lines
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class InspectStore(Stage):
             lines.append("  derivable, without being stored")
             for one in summary["derivable"]:
                 how = "and read from there" if one["exact"] else "up to rounding"
-                lines.append(f"    {one['signal']}  from {one['from']}, {how}")
+                by = f" by {', '.join(one['sidecars'])}" if "sidecars" in one else ""
+                lines.append(f"    {one['signal']}  from {one['from']}{by}, {how}")
         lines.append("  views" if summary["views"] else "  views    (none)")
         for view in summary["views"]:
             state = "" if view["there"] else "; its folder is gone"

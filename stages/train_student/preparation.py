@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import KdError, RefusedError, UsageError, VerificationError
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.ranks import launched
+from ...pipeline.store.lattice import sources_of
+from ...pipeline.store.sidecar import list_sidecars
 from ...pipeline.store.signal import Signal
 from ...pipeline.store.view import View, open_view
 from ..corpus.corpus import Corpus, load_corpus
@@ -113,6 +115,39 @@ class Preparation:
         total = stage.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
         steps = num_steps(self.recipe, total=total, steps_per_epoch=steps_per_epoch)
         return (sum(steps),) if stage.baseline else steps
+
+    def sources_of(self, signal: Signal) -> tuple[Signal, ...] | None:
+        """The stored signals that a signal is read or derived from, for every row; None where that is not possible."""
+        return sources_of(signal, self._is_stored, self._sidecars, self.teacher.num_layers)
+
+    def sources(self, signals: Iterable[Signal]) -> tuple[Signal, ...]:
+        """What signals are read or derived from, each once."""
+        return tuple(dict.fromkeys(source for signal in signals for source in self.sources_of(signal) or ()))
+
+    def row_sources(self, signals: Iterable[Signal]) -> tuple[Signal, ...]:
+        """The same of those with one entry per row."""
+        return self.sources(signal for signal in signals if signal.kind.axis == "example")
+
+    @property
+    def derives(self) -> bool:
+        """Whether some signal is not stored as it is."""
+        return not set(self.signals) <= set(self.sources(self.signals))
+
+    def _is_stored(self, signal: Signal) -> bool:
+        if signal not in self._stored:
+            self._stored[signal] = all(bool(view.reader.has(signal, view.rows).all()) for view in self.views)
+        return self._stored[signal]
+
+    @cached_property
+    def _stored(self) -> dict[Signal, bool]:
+        return {}
+
+    @cached_property
+    def _sidecars(self) -> frozenset[str]:
+        """Those that all stores have; none where they are of several teachers, whose signals differ."""
+        if len({str(view.store.identity.teacher["tensors"]) for view in self.views}) > 1:
+            return frozenset()
+        return frozenset.intersection(*(frozenset(list_sidecars(view.store.files)) for view in self.views))
 
     @property
     def role(self) -> str:
@@ -350,10 +385,11 @@ def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens:
 
 
 def _check_coverage(prepared: Preparation) -> None:
-    """Every row of every view has every signal that the methods need."""
+    """Every signal that the methods need is stored for every row of every view, or follows from what is."""
+    lacking = [signal for signal in prepared.signals if prepared.sources_of(signal) is None]
     for view in prepared.views:
         reader = view.reader
-        missing = [signal for signal in prepared.signals if not reader.has(signal, view.rows).all()]
+        missing = [signal for signal in lacking if not reader.has(signal, view.rows).all()]
         if not missing:
             continue
         needed_by = {
@@ -362,7 +398,7 @@ def _check_coverage(prepared: Preparation) -> None:
         lines = [f"{s}: {int((~reader.has(s, view.rows)).sum())} of {len(view)} rows lack it" for s in missing]
         raise RefusedError(
             f"method {' and '.join(repr(name) for name in sorted(needed_by))} needs signals that view {view.path} "
-            "does not hold",
+            "does not hold, and that do not follow from what it does",
             details=[*lines, f"held: {', '.join(map(str, view.signals))}"],
             fix=_capture_command(view, missing),
         )

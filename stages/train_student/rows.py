@@ -19,6 +19,7 @@ from ...pipeline.ragged import Ragged
 from ...pipeline.store.reader import StoreReader
 from ...pipeline.store.scratch import passed
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
+from ..derivation import NUM_TOKENS
 
 Batch = dict[str, Any]
 
@@ -77,11 +78,34 @@ class StoreRows:
         padded = [(_widened(values, width), places) for values, _, places in found]
         return _merged(padded), lengths
 
-    def gather_pairs(self, signal: Signal, index_B: np.ndarray) -> np.ndarray:
-        """[B, T, T, ...] a signal with one entry per pair of tokens, zeros where one is none of the row's."""
-        found = [(reader.gather_pairs(signal, rows)[0], places) for reader, rows, places in self.parts(index_B)]
-        width = max(values.shape[1] for values, _ in found)
-        return _merged([(_widened(values, width, axes=(1, 2)), places) for values, places in found])
+    def gather_pairs(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[B, T, T, ...] a signal with one entry per pair of tokens, zeros beyond a row's, and lengths int64 [B]."""
+        found = [(*reader.gather_pairs(signal, rows), places) for reader, rows, places in self.parts(index_B)]
+        lengths = _merged([(lengths, places) for _, lengths, places in found])
+        width = int(lengths.max(initial=0))
+        padded = [(_widened(values, width, axes=(1, 2)), places) for values, _, places in found]
+        return _merged(padded), lengths
+
+    def tensors(
+        self, signals: Sequence[Signal], index_B: np.ndarray, *, to_derive: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Signals of some rows by `str(signal)`, in the stored dtype: [B, ...], [B, T, ...] or, of pairs, [B, H, T, T].
+
+        Args:
+            to_derive: others are derived from them: where there are tokens or pairs, `NUM_TOKENS` stands beside them.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for signal in signals:
+            if signal.kind.axis == "example":
+                found[str(signal)] = torch.from_numpy(self.gather(signal, index_B))
+                continue
+            gather = self.gather_tokens if signal.kind.axis == "token" else self.gather_pairs
+            values, lengths = gather(signal, index_B)
+            tensor = torch.from_numpy(values)
+            found[str(signal)] = tensor if signal.kind.axis == "token" else tensor.permute(0, 3, 1, 2)
+            if to_derive:
+                found[NUM_TOKENS] = torch.from_numpy(lengths)
+        return found
 
 
 def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -154,7 +178,9 @@ class Rows:
         pad_token_id: what fills up the input.
         with_segments: whether the model takes segment ids.
         stored: where the teacher's signals are; None when no method needs one.
-        signals: the signals of a batch.
+        signals: the signals of a batch, or what they are derived from.
+        to_derive: whether some are derived.
+        row_signals: those among them that signals with one entry per row come from; None: those that have one.
     """
 
     tokens: TokenSource
@@ -164,6 +190,8 @@ class Rows:
     with_segments: bool = False
     stored: StoreRows | None = None
     signals: tuple[Signal, ...] = ()
+    row_signals: tuple[Signal, ...] | None = None
+    to_derive: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,22 +222,15 @@ class Rows:
     def _signals(self, index_B: np.ndarray) -> Mapping[str, torch.Tensor]:
         if self.stored is None:
             return {}
-        found = {}
-        for signal in self.signals:
-            if signal.kind.axis == "token":
-                values, _ = self.stored.gather_tokens(signal, index_B)
-            elif signal.kind.axis == "pair":
-                values = np.moveaxis(self.stored.gather_pairs(signal, index_B), 3, 1)
-            else:
-                values = self.stored.gather(signal, index_B)
-            found[str(signal)] = torch.from_numpy(values)
-        return found
+        return self.stored.tensors(self.signals, index_B, to_derive=self.to_derive)
 
     def sentence_signals(self, index: np.ndarray) -> Mapping[str, torch.Tensor]:
-        """Those signals of any rows that have one entry per row, as in `batch`."""
+        """Of any rows what the signals with one entry per row come from, as in `batch`."""
         assert self.stored is not None
-        wanted = [signal for signal in self.signals if signal.kind.axis == "example"]
-        return {str(signal): torch.from_numpy(self.stored.gather(signal, index)) for signal in wanted}
+        wanted = self.row_signals
+        if wanted is None:
+            wanted = tuple(signal for signal in self.signals if signal.kind.axis == "example")
+        return self.stored.tensors(wanted, index, to_derive=self.to_derive)
 
     def seen_tokens(self, index: np.ndarray, vocab_size: int, *, rows_at_once: int = 4096) -> np.ndarray:
         """Ids that occur in the rows `index`, rising."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
+from ..derivation import Derivation
 from .attention_watch import AttentionWatch, watch_attention
 from .loader import BatchLoader, gather_ahead
 from .methods.base import Shapes, Targets, Term
@@ -39,6 +40,7 @@ class Distillation(nn.Module):
         family: knows which of its outputs methods may watch.
         terms: methods and their weights.
         shapes: of both models.
+        derivation: of signals that the batches do not hold; None where they hold all.
 
     Attributes:
         seed, epoch: of the run and the step, set by the trainer: what methods draw from.
@@ -47,8 +49,16 @@ class Distillation(nn.Module):
     # Otherwise the Trainer takes the loss for a sum over tokens and does not divide it by the accumulated passes.
     accepts_loss_kwargs = False
 
-    def __init__(self, student: PreTrainedModel, family: Student, terms: Sequence[Term], shapes: Shapes) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        family: Student,
+        terms: Sequence[Term],
+        shapes: Shapes,
+        derivation: Derivation | None = None,
+    ) -> None:
         super().__init__()
+        self._derivation = derivation
         self.student = student
         self.projections = nn.ModuleList(term.method.projections(shapes) for term in terms)
         self._family, self._terms, self._shapes = family, tuple(terms), shapes
@@ -80,7 +90,10 @@ class Distillation(nn.Module):
         outputs = self._family.watch(output, inputs["attention_mask"].bool())
         if self._attention is not None:
             outputs = dataclasses.replace(outputs, heads=self._attention.heads())
-        targets = Targets(signals or {}, labels, has_gold, negatives or {}, self.seed, self.epoch)
+        signals, negatives = signals or {}, negatives or {}
+        if self._derivation is not None:
+            signals, negatives = self._derivation.of(signals), self._derivation.of(negatives)
+        targets = Targets(signals, labels, has_gold, negatives, self.seed, self.epoch)
         terms: dict[str, Tensor] = {}
         loss = outputs.logits_BC.new_zeros((), dtype=torch.float32)
         for number, (term, projections) in enumerate(zip(self._terms, self.projections, strict=True)):

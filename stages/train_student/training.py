@@ -26,6 +26,7 @@ from ...pipeline.stage import StageContext, StageResult
 from ...pipeline.store.scratch import blocks, column
 from ..cache_teacher.tokenize import encode
 from ..corpus.corpus import Corpus
+from ..derivation import derivation_of
 from ..metrics import agreement, task_metrics
 from ..training_options import attach_progress
 from .export import RECIPE, Report, export_run
@@ -162,7 +163,9 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         pad_token_id=tokenizer.pad_token_id or 0,
         with_segments=with_segments,
         stored=stored if prepared.signals else None,
-        signals=prepared.signals,
+        signals=prepared.sources(prepared.signals),
+        row_signals=prepared.row_sources(prepared.signals),
+        to_derive=prepared.derives,
     )
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
     gold = _numbers(~prepared.held_out & prepared.has_gold)
@@ -287,9 +290,15 @@ def make_trainer(
     rows = data.rows
     if len(prepared.phases) > 1:
         signals = phase.signals(prepared.shapes)
-        rows = dataclasses.replace(rows, signals=signals, stored=rows.stored if signals else None)
+        rows = dataclasses.replace(
+            rows,
+            signals=prepared.sources(signals),
+            row_signals=prepared.row_sources(signals),
+            stored=rows.stored if signals else None,
+        )
     _limit_to_seen_rows(model, data)
-    distillation = Distillation(model, student, phase.terms, prepared.shapes)
+    derivation = derivation_of(prepared.views[0].store) if prepared.derives else None
+    distillation = Distillation(model, student, phase.terms, prepared.shapes, derivation)
     if carried is not None:
         carried.give(distillation, phase)
     trainer = StudentTrainer(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kd.pipeline.stage import StageContext, execute
 from kd.pipeline.store import open_view
@@ -41,3 +43,32 @@ def test_students_of_token_states_and_of_sentence_states_are_the_same_student(
         execute(run, StageContext())
     one, two = ((tmp_path / f"run-{name}" / "model.safetensors").read_bytes() for name in ("cls", "tok"))
     assert one == two
+
+
+def test_a_student_of_derived_signals_learns_as_one_of_stored_signals(
+    bench: Any, sentences: list[str], tmp_path: Path
+) -> None:
+    """TinyBERT and MiniLMv2: from all they need, stored, and from the least that gives it; both in float32."""
+    corpus = bench.corpus(sentences[:40])
+    kept = {
+        "stored": {"signals": "hidden.tok@all:float32,attention.score@all:float32,attention.qkv@all:float32"},
+        "derived": {"signals": "hidden.tok@1+2:float32", "sidecars": ("embeddings", "attn_in@all")},
+    }
+    losses = {}
+    for name, options in kept.items():
+        view = tmp_path / f"view-{name}"
+        bench.capture(corpus, store=str(tmp_path / f"store-{name}"), output_dir=str(view), **options)
+        run = TrainStudent(
+            view=(str(view),),
+            student="bert:num_layers=2:heads=4",
+            method=("tinybert", "minilmv2:0.5"),
+            output_dir=str(tmp_path / f"run-{name}"),
+            per_device_train_batch_size=8,
+            max_steps=4,
+            logging_steps=1,
+        )
+        execute(run, StageContext())
+        history = json.loads((tmp_path / f"run-{name}" / "metrics.json").read_text())["history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses["stored"]) == 4
+    assert losses["derived"] == pytest.approx(losses["stored"], rel=1e-5)

@@ -1,0 +1,214 @@
+"""Signals computed from others, as `pipeline/store/lattice.py` lays down: in one place, on the device the batch is on.
+
+Dimension key: B rows, T padded length, D hidden width, H heads, d width of a head, L the last layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..pipeline.errors import RefusedError
+from ..pipeline.store.lattice import route_to
+from ..pipeline.store.signal import Signal
+from ..pipeline.store.store import TeacherStore
+
+NUM_TOKENS = "num_tokens"
+"""Beside the signals of a batch that has tokens or pairs: int64 [B], how many each row has."""
+
+SidecarTensors = Callable[[str], Mapping[str, np.ndarray]]
+
+
+class Derivation:
+    """What a teacher's signals are derived with: its config, and sidecars that are read when they are needed.
+
+    Args:
+        config: the teacher's transformers config.
+        has_head: whether it is a classifier.
+        tensors: gives the tensors of a sidecar by its name.
+    """
+
+    def __init__(self, config: Any, has_head: bool, tensors: SidecarTensors) -> None:
+        self._config, self._has_head, self._tensors = config, has_head, tensors
+        self.num_layers = int(config.num_hidden_layers)
+        self.num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
+        self._kept: dict[tuple[str, torch.device], Any] = {}
+
+    def of(self, stored: Mapping[str, Tensor]) -> DerivedSignals:
+        """The signals of one batch, stored and derived.
+
+        Args:
+            stored: tensors by `str(signal)`, zeros after a row's end, and `NUM_TOKENS` where rows have tokens.
+        """
+        return DerivedSignals(self, stored)
+
+    def derive(self, signal: Signal, batch: Mapping[str, Tensor]) -> Tensor:
+        """One signal, float32, from those right below it in the lattice: [B, C], [B, D], [B, T, D], [B, T, 3, D] or
+        [B, H, T, T]; zeros where a row has no tokens.
+
+        Raises:
+            KeyError: nothing in the lattice leads to it.
+        """
+        route = route_to(signal, self.num_layers)
+        if route is None:
+            raise KeyError(str(signal))
+        sources = [batch[str(source)] for source in route.sources]
+        if signal.name == "hidden.cls":
+            return sources[0][:, 0].float()
+        if signal.name == "logits":
+            return self._logits(sources[0].float())
+        mask_BT = _mask(batch[NUM_TOKENS], sources[0].shape[1])
+        if signal.name == "hidden.mean":
+            return sources[0].float().sum(1) / mask_BT.sum(1, keepdim=True)
+        if signal.name == "hidden.tok":
+            return self._embedded(sources[0], sources[1], mask_BT)
+        if signal.name == "attention.qkv":
+            assert route.sidecar is not None
+            return self._maps(sources[0].float(), route.sidecar) * mask_BT[..., None, None]
+        return scores(sources[0][:, :, 0], sources[0][:, :, 1], self.num_heads) * (
+            mask_BT[:, None, :, None] & mask_BT[:, None, None, :]
+        )
+
+    def _maps(self, hidden_BTD: Tensor, sidecar: str) -> Tensor:
+        weights = self._keep(sidecar, hidden_BTD.device, lambda: self._on_device(sidecar, hidden_BTD.device))
+        return torch.stack(
+            [
+                nn.functional.linear(hidden_BTD, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+                for name in ("query", "key", "value")
+            ],
+            dim=2,
+        )
+
+    def _on_device(self, sidecar: str, device: torch.device) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.array(tensor)).to(device, torch.float32)
+            for name, tensor in self._tensors(sidecar).items()
+        }
+
+    def _embedded(self, ids_BT: Tensor, segments_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        model = self._keep("embeddings", ids_BT.device, lambda: self._without_layers("embeddings", ids_BT.device))
+        padding = int(getattr(self._config, "pad_token_id", None) or 0)
+        inputs = {
+            # Positions of RoBERTa are counted from the ids that are not the padding's.
+            "input_ids": ids_BT.long().masked_fill(~mask_BT, padding),
+            "attention_mask": mask_BT.long(),
+        }
+        if takes_segments(model):
+            inputs["token_type_ids"] = segments_BT.long()
+        base = getattr(model, "base_model", model)
+        hidden_BTD: Tensor = base(**inputs, return_dict=True).last_hidden_state
+        return hidden_BTD * mask_BT[..., None]
+
+    def _logits(self, first_BD: Tensor) -> Tensor:
+        model = self._keep("head", first_BD.device, lambda: self._without_layers("head", first_BD.device))
+        # The head reads what comes out of the layers: here there are none, and this takes its place.
+        hook = _layer_list_owner(model).register_forward_hook(lambda *_: _replaced(_[2], first_BD[:, None]))
+        try:
+            ids_B1 = torch.zeros(len(first_BD), 1, dtype=torch.int64, device=first_BD.device)
+            logits_BC: Tensor = model(input_ids=ids_B1, attention_mask=torch.ones_like(ids_B1), return_dict=True).logits
+        finally:
+            hook.remove()
+        return logits_BC
+
+    def _without_layers(self, sidecar: str, device: torch.device) -> nn.Module:
+        """The teacher's own class without layers, with the tensors of a sidecar: transformers' code computes the rest.
+
+        What else it has is random, and not used.
+        """
+        from transformers import AutoModel, AutoModelForSequenceClassification
+
+        config = copy.deepcopy(self._config)
+        config.num_hidden_layers = 0
+        if sidecar == "head":  # the word table is not read
+            config.vocab_size = max(2, int(getattr(config, "pad_token_id", None) or 0) + 1)
+        auto: Any = AutoModelForSequenceClassification if self._has_head else AutoModel
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in self._tensors(sidecar).items()}
+        there = model.state_dict()
+        absent = [name for name in tensors if name not in there]
+        assert not absent, f"{type(model).__name__} without layers has no {absent[0]}"
+        model.load_state_dict(tensors, strict=False)
+        return model.to(device)
+
+    def _keep(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        if (name, device) not in self._kept:
+            self._kept[name, device] = make()
+        return self._kept[name, device]
+
+
+def derivation_of(store: TeacherStore) -> Derivation:
+    """The derivation by a store's own sidecars."""
+    from transformers import AutoConfig
+
+    folder = store.sidecar_folder("config")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RefusedError(
+            f"the teacher's config.json that store {store.url} keeps cannot be read, and signals are derived by it",
+            details=[str(error).splitlines()[0][:200]],
+            fix="capture the signals themselves: kd cache-teacher --signals ...",
+        ) from error
+    return Derivation(config, store.identity.teacher.get("head") == "sequence-classification", store.sidecar)
+
+
+class DerivedSignals(Mapping[str, Tensor]):
+    """Signals of a batch by `str(signal)`: as stored, or derived when they are first asked for, without gradient."""
+
+    def __init__(self, derivation: Derivation, stored: Mapping[str, Tensor]) -> None:
+        self._derivation = derivation
+        self._found = dict(stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._found:
+            device_type = next(iter(self._found.values())).device.type
+            # Under autocast the maps would be computed in the student's half precision.
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
+                self._found[name] = self._derivation.derive(Signal.parse(name), self)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def scores(query_BTD: Tensor, key_BTD: Tensor, num_heads: int) -> Tensor:
+    """[B, H, T, T] query times key / sqrt(head width), float32: what a softmax over the last axis is taken of."""
+    query_BHTd, key_BHTd = (_by_head(states.float(), num_heads) for states in (query_BTD, key_BTD))
+    return query_BHTd @ key_BHTd.transpose(2, 3) / math.sqrt(query_BHTd.shape[-1])
+
+
+def _by_head(states_BTD: Tensor, num_heads: int) -> Tensor:
+    return states_BTD.reshape(*states_BTD.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def _mask(num_tokens_B: Tensor, width: int) -> Tensor:
+    return torch.arange(width, device=num_tokens_B.device) < num_tokens_B[:, None]
+
+
+def takes_segments(model: nn.Module) -> bool:
+    """Whether a model reads token types."""
+    import inspect
+
+    return "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def _layer_list_owner(model: nn.Module) -> nn.Module:
+    """The module whose list of layers is empty: it hands on what it is given."""
+    for module in model.modules():
+        if any(isinstance(child, nn.ModuleList) and not len(child) for child in module.children()):
+            return module
+    raise AssertionError(f"{type(model).__name__} has no list of layers")
+
+
+def _replaced(output: Any, hidden_B1D: Tensor) -> Any:
+    return hidden_B1D if isinstance(output, Tensor) else type(output)(last_hidden_state=hidden_B1D)
