@@ -69,6 +69,19 @@ def test_an_epoch_begins_at_any_batch(count: int, batch_size: int, first: int) -
     assert whole_order(lengths, batch_size, first=first) == whole_order(lengths, batch_size)[first * batch_size :]
 
 
+def test_a_batch_in_the_middle_of_a_million_rows_costs_its_own_pool_alone() -> None:
+    class Watched(np.ndarray[tuple[int], np.dtype[np.uint8]]):
+        asked = 0
+
+        def __getitem__(self, index: np.ndarray) -> np.ndarray:
+            Watched.asked += len(index)
+            return np.asarray(self)[index]
+
+    lengths = (np.arange(1_000_000) % 60).astype(np.uint8).view(Watched)
+    next(length_grouped_batches(lengths, batch_size=64, seed=1, epoch=0, first=7_000))
+    assert 0 < Watched.asked <= 50 * 64
+
+
 def test_the_order_changes_with_epoch_and_seed_and_with_nothing_else() -> None:
     lengths = np.arange(1000) % 37
     assert whole_order(lengths) == whole_order(lengths) == whole_order(lengths.astype(np.uint8))
