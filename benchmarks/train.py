@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cases and steps: well under a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
-    parser.add_argument("--rows", type=int, default=20_000, help="in the store of the steps")
-    parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 30; 20 if quick)")
+    parser.add_argument("--rows", type=int, help="in the store of the steps (default 20,000; 8,000 if quick)")
+    parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 30; 8 if quick)")
     parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 2 if quick)")
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
     parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 7; 2 if quick)")
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
-    steps = options.steps or (20 if quick else 30)
+    steps = options.steps or (8 if quick else 30)
     live_steps = options.live_steps or (2 if quick else 6)
     rounds = options.rounds or (2 if quick else 7)
 
@@ -67,13 +67,14 @@ def main() -> None:
     figures: list[Figure] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
-        lengths = sst2_lengths(options.rows)
+        lengths = sst2_lengths(options.rows or (8_000 if quick else 20_000))
         store = make_store(Path(folder) / "store", lengths, [LOGITS] if quick else [LOGITS, TOKENS])
-        bench = partial(Workbench, store, folder=Path(folder), steps=steps, batch_size=options.batch_size)
+        bench = partial(Workbench, store, folder=Path(folder), batch_size=options.batch_size)
         if "step" in options.only:
-            cases = {"step, logits": bench(), "step, logits, bf16": bench(autocast="bf16")}
+            of_steps = partial(bench, steps=steps, warm_up=3 if quick else 8)
+            cases = {"step, logits": of_steps(), "step, logits, bf16": of_steps(autocast="bf16")}
             if not quick:
-                cases["step, logits and hidden.tok"] = bench(signals=(LOGITS, TOKENS))
+                cases["step, logits and hidden.tok"] = of_steps(signals=(LOGITS, TOKENS))
             for name, case in cases.items():
                 figures += step_figures(name, case, rounds, with_trainer=name == "step, logits")
             millions = cases["step, logits"].num_trainable / 1e6
