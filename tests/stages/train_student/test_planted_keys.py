@@ -205,6 +205,11 @@ def test_a_store_that_is_captured_further_meanwhile_changes_nothing(view: Any, w
 
 # --- several processes, and kill -9 ------------------------------------------------------------------------------
 
+RECIPE = """
+phases:
+  - {name: hint, method: "fitnets:layer_map=1-2", share: 0.4, trainable: [embeddings, layers<=1, projections]}
+  - {name: kd, method: "soft-target,hard:0.3", share: 0.6, unfreeze_every: 3}
+"""
 SCRIPT = Path(__file__).with_name("planted_runs.py")
 
 
@@ -215,7 +220,13 @@ def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFact
     both = {"gradient_accumulation_steps": 1, "num_train_epochs": 1.5}
     alone = {**both, "gradient_accumulation_steps": 2}
     deep = {**both, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    (folder / "recipe.yaml").write_text(RECIPE)
+    phases = {**both, "method": [], "recipe": str(folder / "recipe.yaml")}
     runs = [
+        {"name": "phases-one", "ranks": 1, "output": "phases-one", "fields": {**phases, **alone}},
+        {"name": "phases-two", "ranks": 2, "output": "phases-two", "fields": phases},
+        {"name": "phases-killed", "ranks": 2, "output": "phases-killed", "fields": phases, "kill": [1, 12]},
+        {"name": "phases-resumed", "ranks": 2, "output": "phases-killed", "fields": phases},
         {"name": "one", "ranks": 1, "output": "one", "fields": alone},
         {"name": "wide", "ranks": 1, "output": "wide", "fields": {**both, "per_device_train_batch_size": 16}},
         {"name": "two", "ranks": 2, "output": "two", "fields": both},
@@ -337,6 +348,18 @@ def test_a_run_is_resumed_by_another_number_of_ranks(launched: Callable[[str], L
         steps = launched(resumed).steps(passes)
         assert 0 < len(steps) < 18 and steps == one.steps(2)[18 - len(steps) :]
         assert_same_curve(launched(resumed), one)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_through_phases_as_one_does(launched: Callable[[str], Launched]) -> None:
+    one, two = launched("phases-one"), launched("phases-two")
+    assert one.codes == [0] and two.codes == [0, 0] and len(two.steps()) == 18
+    assert two.steps() == one.steps(2)
+    assert_same_curve(two, one)
+    killed, resumed = launched("phases-killed"), launched("phases-resumed")
+    assert killed.codes[1] == -9 and resumed.codes == [0, 0]
+    assert resumed.steps() == two.steps()[11:], "phase 1 has 7 steps, the checkpoint was of step 4 of phase 2"
+    assert resumed.weights() == two.weights() and resumed.losses() == two.losses()
 
 
 @pytest.mark.slow
