@@ -7,7 +7,7 @@ over examples of a per-example value that depends on nothing else in the batch (
 from .attention import attention_kl, probability_mse, relation_scores, score_mse
 from .contrastive import info_nce, noise_contrastive, similarities
 from .gold import gold_binary_cross_entropy, gold_cross_entropy, gold_squared_error
-from .logits import bernoulli_kl, logit_mse, soft_target_kl
+from .logits import bernoulli_kl, flsw_temperatures, logit_mse, soft_target_kl
 from .reduce import Pooling, over_pairs, over_tokens
 from .states import (
     attended_mse,
@@ -36,6 +36,7 @@ __all__ = [
     "direction",
     "flow_distance",
     "flow_matrix",
+    "flsw_temperatures",
     "gold_binary_cross_entropy",
     "gold_cross_entropy",
     "gold_squared_error",

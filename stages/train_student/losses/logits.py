@@ -13,7 +13,7 @@ from torch.nn import functional
 from .reduce import wide
 
 
-def soft_target_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
+def soft_target_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float | Tensor) -> Tensor:
     """Mean over B of KL(teacher || student) between distributions softened by `temperature`, in nats, times its square.
 
     The square keeps the gradient on the scale of the hard-label loss when the temperature changes (Hinton et al.,
@@ -22,19 +22,41 @@ def soft_target_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float
     Args:
         student_BC: student logits; carries the gradient.
         teacher_BC: teacher logits.
-        temperature: above 0; 1 leaves both distributions as they are.
+        temperature: above 0; 1 leaves both distributions as they are. A tensor [B] has one for each example.
 
     >>> import torch
     >>> student, teacher = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     >>> [round(soft_target_kl(student, teacher, temperature=t).item(), 6) for t in (1, 2)]
     [0.266217, 0.313684]
     """
+    if isinstance(temperature, Tensor):
+        student_BC = (wide(student_BC) / temperature[:, None]).log_softmax(-1)
+        teacher_BC = (wide(teacher_BC.detach()) / temperature[:, None]).log_softmax(-1)
+        divergence_B = functional.kl_div(student_BC, teacher_BC, reduction="none", log_target=True).sum(-1)
+        return (divergence_B * temperature**2).mean()
     student_BC = wide(student_BC) / temperature
     teacher_BC = wide(teacher_BC.detach()) / temperature
     divergence = functional.kl_div(
         student_BC.log_softmax(-1), teacher_BC.log_softmax(-1), reduction="batchmean", log_target=True
     )
     return divergence * temperature**2
+
+
+def flsw_temperatures(student_BC: Tensor, teacher_BC: Tensor, *, base: float, beta: float, gamma: float) -> Tensor:
+    """[B] temperatures around `base`: lower, so sharper, where the student is further from the teacher than most.
+
+    t_b = base + beta (mean(w) - w_b) with w_b = (1 - cos(z_student, z_teacher))^gamma, not below 1 (or `base`, where
+    that is lower): the focal loss style weights of Wen et al., arXiv 1911.07471. No gradient passes through them. The
+    only thing here that depends on which examples share a batch.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> flsw_temperatures(student, teacher, base=4.0, beta=2.0, gamma=1.0).tolist()
+    [5.0, 3.0]
+    """
+    cosine_B = functional.cosine_similarity(wide(student_BC.detach()), wide(teacher_BC.detach()), dim=-1)
+    weight_B = (1 - cosine_B).clamp(min=0.0) ** gamma
+    return (base + beta * (weight_B.mean() - weight_B)).clamp(min=min(base, 1.0))
 
 
 def bernoulli_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:

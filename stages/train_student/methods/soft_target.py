@@ -23,7 +23,8 @@ class SoftTarget(Method):
     Bernoulli, mean over labels. Regression has no distribution: mean squared error of the scores, whatever T.
 
     `squared=false` leaves T^2 out, as some codes do: the gradient then falls with T^2 and the weight has to make up
-    for it.
+    for it. `flsw` above 0 gives each example of a batch a temperature of its own, lower where the student is further
+    off: T + flsw (mean(w) - w_b) with w_b = (1 - cos(z_student, z_teacher))^flsw_gamma (Wen et al., arXiv 1911.07471).
 
     Signals: `logits`. Student outputs: `logits`. Projections: none.
     """
@@ -31,12 +32,26 @@ class SoftTarget(Method):
     source = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
     temperature: float = 2.0
     squared: bool = True
+    flsw: float = 0.0
+    flsw_gamma: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"option 'temperature' of method 'soft-target' is {self.temperature:g}; expected above 0")
+        for name in ("flsw", "flsw_gamma"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(
+                    f"option {name!r} of method 'soft-target' is {getattr(self, name):g}; expected 0 or more"
+                )
+        if self.flsw and not self.squared:
+            raise UsageError(
+                "options 'flsw' and 'squared=false' of method 'soft-target' exclude each other: with temperatures of "
+                "their own, examples are on one scale only through the square"
+            )
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        if self.flsw and shapes.task != "single-label":
+            raise UsageError(f"option 'flsw' of method 'soft-target' is for one label of several, not {shapes.task}")
         return (LOGITS,)
 
     def loss(
@@ -44,6 +59,12 @@ class SoftTarget(Method):
     ) -> dict[str, Tensor]:
         if shapes.task == "regression":
             return {"soft-target": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction="mean_all")}
+        if self.flsw:
+            student_BC, teacher_BC = student.logits_BC, targets[LOGITS]
+            temperature_B = losses.flsw_temperatures(
+                student_BC, teacher_BC, base=self.temperature, beta=self.flsw, gamma=self.flsw_gamma
+            )
+            return {"soft-target": losses.soft_target_kl(student_BC, teacher_BC, temperature=temperature_B)}
         distance = losses.bernoulli_kl if shapes.task == "multi-label" else losses.soft_target_kl
         value = distance(student.logits_BC, targets[LOGITS], temperature=self.temperature)
         return {"soft-target": value if self.squared else value / self.temperature**2}

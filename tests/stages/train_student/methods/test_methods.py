@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kd.pipeline.errors import UsageError
+from kd.stages.train_student import losses
 from kd.stages.train_student.methods import (
     Shapes,
     StudentOutputs,
@@ -231,7 +232,7 @@ def test_every_task_has_a_loss_that_falls_when_the_student_follows(task: str, sp
 def test_every_method_is_described_with_its_options_and_source() -> None:
     entries = {entry["name"]: entry for entry in methods.describe()}
     assert {"hard", "soft-target", "fitnets", "minilmv2"} <= set(entries)
-    assert entries["soft-target"]["options"] == {"temperature": 2.0, "squared": True}
+    assert entries["soft-target"]["options"] == {"temperature": 2.0, "squared": True, "flsw": 0.0, "flsw_gamma": 1.0}
     assert all(entry["summary"].endswith(".") and entry["source"] for entry in entries.values())
 
 
@@ -453,3 +454,28 @@ def test_logit_mse_compares_with_the_teachers_logits_at_a_scale() -> None:
     assert found["logit-mse"].item() == 0.25
     with pytest.raises(UsageError, match="'scale' of method 'logit-mse' is 0; expected above 0"):
         parse_methods("logit-mse:scale=0")
+
+
+def test_flsw_gives_examples_that_are_further_off_a_lower_temperature() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[2.0, 1.0, 0.5], [3.0, 0.0, 0.0]])
+    temperatures = losses.flsw_temperatures(logits, teacher, base=4.0, beta=2.0, gamma=2.0)
+    cosines = torch.nn.functional.cosine_similarity(logits, teacher).detach()
+    weights = (1 - cosines) ** 2
+    assert temperatures.tolist() == pytest.approx((4 + 2 * (weights.mean() - weights)).tolist())
+    assert temperatures[1] < 4 < temperatures[0] and not temperatures.requires_grad
+    found = make("soft-target:temperature=4:flsw=2:flsw_gamma=2").loss(
+        StudentOutputs(logits, torch.ones(2, 1, dtype=torch.bool)),
+        Targets({"logits": teacher}),
+        torch.nn.ModuleDict(),
+        shapes(),
+    )["soft-target"]
+    alone = [
+        losses.soft_target_kl(logits[b : b + 1], teacher[b : b + 1], temperature=float(temperatures[b])) for b in (0, 1)
+    ]
+    assert found.item() == pytest.approx(sum(alone).item() / 2, rel=1e-5)
+    found.backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    for spec in ("soft-target:flsw=-1", "soft-target:flsw=1:squared=false"):
+        with pytest.raises(UsageError, match="flsw"):
+            parse_methods(spec)
