@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import kd
@@ -87,3 +89,34 @@ def test_the_how_tos_recipes_are_read_and_it_names_every_key_and_every_file(tmp_
         assert len(read_recipe(str(file), TrainStudent(view=("v",), output_dir="o"), shapes(3, 32))) >= 2
     assert all(f"`{key}`" in page for key in KEYS)
     assert all(f"`{path.name}`" in page for path in RECIPES)
+
+
+@pytest.mark.slow
+def test_every_recipe_runs_over_one_capture(tiny_teacher: Path, sentences: list[str], tmp_path: Path) -> None:
+    from kd.stages.cache_teacher import CacheTeacher
+
+    labels = ["negative", "neutral", "positive"] * 20
+    pq.write_table(pa.table({"text": sentences[:60], "label": labels}), tmp_path / "data.parquet")
+    capture = CacheTeacher(
+        teacher=str(tiny_teacher),
+        dataset=str(tmp_path / "data.parquet"),
+        text_column="text",
+        label_column="label",
+        store=str(tmp_path / "store"),
+        signals="logits,hidden.tok@all,hidden.cls@all,attention.score@all",
+        output_dir=str(tmp_path / "view"),
+    )
+    execute(capture, StageContext())
+    for file in RECIPES:
+        stage = TrainStudent(
+            view=(str(tmp_path / "view"),),
+            student="bert:num_layers=2:hidden_size=16:heads=4:intermediate_size=16",
+            recipe=str(file),
+            max_steps=14,
+            per_device_train_batch_size=8,
+            output_dir=str(tmp_path / file.stem),
+        )
+        summary = execute(stage, StageContext()).summary
+        assert summary["steps"] == 14, file.stem
+        for facts in summary.get("phases", {}).values():
+            assert all(value > 0 for name, value in facts.items() if name.startswith("loss"))
