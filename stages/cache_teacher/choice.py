@@ -9,7 +9,7 @@ widths.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...pipeline.errors import RefusedError, UsageError
@@ -64,6 +64,7 @@ def smallest(
     holds: Callable[[str], bool],
     sidecar_bytes: Callable[[str], int],
     kept: Collection[str] = (),
+    hidden_dtype: str | None = None,
 ) -> Choice:
     """The cheapest choice that gives all that is needed; of equal ones, that which makes more possible.
 
@@ -73,12 +74,13 @@ def smallest(
         holds: whether a way of the lattice leads where it should, by its sidecar.
         sidecar_bytes: what a sidecar takes.
         kept: sidecars that are kept whatever is chosen here.
+        hidden_dtype: how hidden states will be stored; None is their default.
     """
     signals: dict[Signal, None] = {}
     sidecars: dict[str, None] = {}
 
     def cost(items: Iterable[Signal]) -> int:
-        return sum(sizes.of(item, entries) for item in items)
+        return sum(sizes.of(_stored_as(item, hidden_dtype), entries) for item in items)
 
     if Signal("logits") in needed:
         signals[Signal("logits")] = None  # 4 bytes a label: nothing that gives them is smaller
@@ -110,9 +112,13 @@ def smallest(
         else:
             signals |= dict.fromkeys(sentence)
         signals |= dict.fromkeys(above)
-    bytes_of = {str(signal): sizes.of(signal, entries) for signal in signals}
+    bytes_of = {str(signal): cost([signal]) for signal in signals}
     bytes_of |= {f"sidecar {name}": sidecar_bytes(name) for name in sidecars}
     return Choice(tuple(signals), tuple(sidecars), bytes_of)
+
+
+def _stored_as(signal: Signal, hidden_dtype: str | None) -> Signal:
+    return replace(signal, encoding=hidden_dtype) if signal.name.startswith("hidden.") else signal
 
 
 def possible_methods(

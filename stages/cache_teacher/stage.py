@@ -284,6 +284,7 @@ class CacheTeacher(Stage):
             holds=holding.__contains__,
             sidecar_bytes=sizes.__getitem__,
             kept=self._sidecars,
+            hidden_dtype=self.hidden_dtype,
         )
 
     def _try(self, sidecars: Sequence[str]) -> dict[str, Shortcut]:

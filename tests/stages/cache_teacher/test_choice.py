@@ -73,6 +73,16 @@ def test_break_evens_follow_the_teacher_and_not_a_constant() -> None:
     assert names(choose("attention.score@6", 33, sizes=narrow, layers=6)) == ["hidden.tok@5", "attn_in@6"]
 
 
+def test_hidden_states_in_float32_count_double() -> None:
+    at = {"example": 1, "token": 100, "pair": 10_000}
+    for dtype, expected in ((None, ["hidden.tok@1", "attn_in@2"]), ("float32", ["attention.score@2"])):
+        choice = smallest(
+            parse_signals("attention.score@2", 2), at, Sizes(2, 1_000, 12), 2,
+            holds=lambda name: True, sidecar_bytes=lambda name: 1, hidden_dtype=dtype,
+        )  # fmt: skip
+        assert names(choice) == expected
+
+
 def test_what_is_needed_anyway_pays_for_what_follows() -> None:
     """With the layer below stored for its own sake, scores cost nothing at any length."""
     assert names(choose("hidden.tok@5,attention.score@6", 8)) == ["hidden.tok@5", "attn_in@6"]
