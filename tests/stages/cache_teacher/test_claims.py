@@ -61,7 +61,7 @@ def test_what_the_other_committed_meanwhile_is_not_computed_again(
         return original(self, shard, advance)
 
     monkeypatch.setattr(CaptureJob, "compute", compute)
-    outcome = bench.capture(corpus, rows_per_shard=32)
+    outcome = bench.capture(corpus, rows_per_shard=32, sidecars=("none",))
     assert outcome.failure is None
     assert outcome.summary["rows_computed"] == 64 and sum(forwards) == 96
     assert any(WORD in text for text in bench.said)
