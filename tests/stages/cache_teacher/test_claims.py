@@ -107,7 +107,7 @@ def test_two_commands_with_overlapping_corpora_and_other_signals_end_with_the_un
 
     store = open_store(bench.store)
     sizes = dict(enumerate(store.shard_sizes(range(store.catalogue().num_shards))))
-    assert sum(rows for rows, _ in sizes.values()) == 200, "a row stands in the index twice"
+    assert sum(size.rows for size in sizes.values()) == 200, "a row stands in the index twice"
     report = store.verify()
     assert report.ok and not report.unrecorded
     arrays = [
