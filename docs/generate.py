@@ -54,8 +54,23 @@ squared.
 **Projections** (maps between a student's width and the teacher's) are trained with the student, live in its
 checkpoints, and are not part of the exported student.
 
-**Layers** count from 0, the embedding output. A layer map pairs student-teacher: `layer_map=1-2+2-4`; `skip` spreads
-the student's layers evenly over the teacher's, `last` takes the teacher's top ones.
+**Layers** count from 0, the embedding output. A layer map pairs student-teacher: `layer_map=1-2+2-4`; `skip` (or
+`uniform`) spreads the student's layers evenly over the teacher's, `last` takes the teacher's top ones, `middle` and
+`final` are one pair each. `ckd` and `alp-kd` take groups, `1-1.2.3+2-4.5.6`.
+
+**Students** that a method with its default options is not for are refused before training, with the methods that are.
+Widths may differ everywhere: a projection is trained, or none is needed.
+
+**TextBrewer users** can name a YAML file of `intermediate_matches` instead, `--method matches.yaml` (keys `layer_T`,
+`layer_S`, `feature`, `loss`, `weight`, `proj`); each entry becomes a method below, or is refused with the reason.
+
+Adding a method: [how-to/add-a-method.md](how-to/add-a-method.md).
+"""
+
+STORED = """\
+Signals as `--signals` takes them, for a teacher like BERT-base (12 layers, 768 wide, 12 heads, 2 labels) and a student
+of half its layers, options at their defaults; bytes of an example of 25 and of 128 tokens when they are stored as they
+are. `kd methods --teacher TEACHER --length N --student-layers M` says it of yours.
 """
 
 
@@ -67,7 +82,7 @@ def pages() -> dict[Path, str]:
 def methods_page() -> str:
     """The text of `docs/methods.md`."""
     context = StageContext()
-    methods = ListMethods().run(context).summary["methods"]
+    methods, short = (ListMethods(length=length).run(context).summary["methods"] for length in (128, 25))
     students = ListStudents().run(context).summary["students"]
     signals = ListSignals().run(context).summary["signals"]
     rows = [
@@ -83,8 +98,36 @@ def methods_page() -> str:
             "",
         ]
     )
-    parts = [METHODS_INTRODUCTION, "## Methods\n", _entries(methods), "## Students\n", _entries(students)]
+    parts = [METHODS_INTRODUCTION, "## Methods\n", STORED, _needs(short, methods)]
+    parts += [_section(method) for method in methods]
+    parts += ["## Students\n", _entries(students)]
     return "\n".join([*parts, "## Signals\n", signal_table]).rstrip("\n") + "\n"
+
+
+def _needs(short: list[dict[str, Any]], long: list[dict[str, Any]]) -> str:
+    rows = [
+        f"| [`{entry['name']}`](#{entry['name']}) | {_code(entry['signals'])} | {few['bytes_per_example']:,} | "
+        f"{entry['bytes_per_example']:,} | {_code(entry['reads'])} | {entry['students']} |"
+        for few, entry in zip(short, long, strict=True)
+    ]
+    head = "| name | signals | bytes, 25 tokens | bytes, 128 | student outputs | a student must have |"
+    return "\n".join([head, "|---|---|---:|---:|---|---|", *rows, ""])
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace(',', ', ')}`" if text else "none"
+
+
+def _section(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"`{name}={value}`" for name, value in entry["options"].items())
+    return "\n".join(
+        [
+            f"### {entry['name']}\n",
+            f"{entry['summary']} {entry['source']}.\n",
+            f"{entry['about']}\n",
+            *([f"Defaults: {options}\n"] if options else []),
+        ]
+    )
 
 
 def _entries(entries: list[dict[str, Any]]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..pipeline.artifact import open_artifact
@@ -31,18 +33,54 @@ def _table(entries: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ListMethods(Stage):
-    """The distillation methods that `--method` knows."""
+    """The distillation methods that `--method` knows, and what each asks for, given a teacher and a length."""
 
     command: ClassVar[str] = "methods"
     summary_line: ClassVar[str] = "List the distillation methods."
 
-    def run(self, context: StageContext) -> StageResult:
-        from .train_student.methods import methods
+    teacher: str | None = option(
+        None, help="Folder of the teacher that signals and bytes are for; BERT-base by default.", metavar="TEACHER"
+    )
+    length: int = option(128, help="Tokens of an example.")
+    student_layers: int | None = option(None, help="Layers of the student; half the teacher's by default.")
 
-        return StageResult(summary={"methods": methods.describe()})
+    def run(self, context: StageContext) -> StageResult:
+        from .train_student.method_facts import BERT_BASE, method_facts
+
+        config = BERT_BASE if self.teacher is None else _teacher_config(self.teacher)
+        facts = method_facts(config, length=self.length, student_layers=self.student_layers)
+        return StageResult(summary={"methods": facts, "length": self.length, "teacher": self.teacher})
 
     def report(self, summary: Mapping[str, Any]) -> str:
-        return _table(summary["methods"])
+        entries = summary["methods"]
+        width = max(len(entry["name"]) for entry in entries)
+        lines = []
+        for entry in entries:
+            lines.append(f"{entry['name']:<{width}}  {entry['summary']} ({entry['source']})")
+            options = "  ".join(f"{name}={value}" for name, value in entry["options"].items())
+            stored = f"{entry['signals'] or 'none'}, {_count(entry['bytes_per_example'])} bytes"
+            for name, text in (("options", options), ("signals", stored), ("student", entry["students"])):
+                if text:
+                    lines.append(f"{'':<{width}}  {name}: {text}")
+        of = summary["teacher"] or "BERT-base"
+        return "\n".join([*lines, f"\nbytes: per example of {summary['length']} tokens, teacher {of}"])
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _teacher_config(folder: str) -> dict[str, Any]:
+    """Fields of a teacher's config.json that facts about methods need."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
+        found = {name: int(config[name]) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+        return {**found, "num_labels": len(config.get("id2label") or ()) or 2}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedError(
+            f"--teacher {folder} has no config.json of an encoder: {str(error).splitlines()[0]}",
+            fix="name the folder of a checkpoint, or leave --teacher out for BERT-base",
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

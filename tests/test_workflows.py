@@ -136,6 +136,71 @@ def test_every_workflow_that_comes_with_kd_is_read_without_a_mistake(file: Path)
     assert workflow.steps[-1].stage.command == "compare"
 
 
+RECIPES = sorted((WORKFLOWS / "methods").glob("*.yaml"))
+
+
+def test_every_method_has_its_recipe() -> None:
+    from kd.stages.train_student.methods import methods
+
+    assert {file.stem for file in RECIPES} == {*methods} - {"hard"}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
+def test_a_methods_recipe_caches_what_it_needs_and_compares_it_with_plain_soft_targets(file: Path) -> None:
+    from kd.pipeline.store import parse_signals
+    from kd.stages.train_student.methods import Shapes, parse_methods
+
+    workflow = read_workflow(str(file), StageClasses())
+    steps = {step.id: step for step in workflow.steps}
+    values = {name: dict(step.values) for name, step in steps.items()}
+    terms = parse_methods(values[file.stem]["method"])
+    assert file.stem in [term.method.name for term in terms]
+    # The packaged MiniLM, and a student of 3 of its layers.
+    form = Shapes(
+        task="single-label",
+        num_labels=77,
+        token_widths=(384,) * 4,
+        sentence_widths=(384,) * 4,
+        teacher_layers=6,
+        teacher_width=384,
+        student_heads=12,
+        attention_width=384,
+        teacher_heads=12,
+    )
+    needed = {signal for term in terms for signal in term.method.signals(form)}
+    view = values.get(f"view-{file.stem}", values["view-logits"])
+    assert needed == {*parse_signals(view["signals"], 6)}, "caches more or less than it needs"
+    compared = values[f"compare-{file.stem}"]["runs"]
+    assert [Path(run).name for run in compared] == ["no-teacher", "plain", file.stem]
+    assert values["no-teacher"]["baseline"] and values["plain"]["method"] != values[file.stem]["method"]
+
+
+@pytest.mark.slow
+def test_recipes_of_several_methods_share_teacher_store_and_the_rows_to_compare_with(
+    tmp_path: Path, tiny_teacher: Path, sentences: list[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", sentences, test="test")
+    given = {
+        **{"data": str(data), "model": str(tiny_teacher), "labels_per_class": 5, "max_length": 32, "teacher_epochs": 1},
+        **{"student": "bert:num_layers=1", "start": "layers:2", "epochs": 1},
+    }
+    signals = {"minilmv2": "attention.qkv@2", "tinybert": "hidden.tok@0+2,attention.score@2", "codir": "hidden.cls@1"}
+    made: dict[str, set[Path]] = {}
+    for name, needed in signals.items():
+        toy = {"signals": f"logits,{needed}", "method": f"soft-target:0.9,{name}:0.1,hard:0.1"}
+        ran = run_here(f"methods/{name}.yaml", tmp_path / "runs", {**given, **toy})
+        assert [*ran][-1] == f"compare-{name}"
+        made[name] = {path for path in (tmp_path / "runs").iterdir()}
+    assert {path.name for path in made["tinybert"] - made["minilmv2"]} == {
+        "view-tinybert",
+        "tinybert",
+        "compare-tinybert",
+    }
+    assert len([*(tmp_path / "runs" / "stores").glob("*/store.json")]) == 1
+    summary = open_artifact(tmp_path / "runs" / "compare-codir").manifest["summary"]
+    assert [group["role"] for group in summary["groups"]] == ["start", "distilled", "distilled"]
+
+
 def test_the_banking77_files_are_the_ones_their_attribution_names() -> None:
     folder = WORKFLOWS / "data" / "banking77"
     text = (folder / "ATTRIBUTION.md").read_text()

@@ -27,6 +27,7 @@ from ..corpus.corpus import Corpus, load_corpus
 from ..corpus.schema import CorpusInfo
 from ..corpus.source import DatasetSource
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
+from .intermediate_matches import expand_matches, is_matches_file
 from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
 from .methods.hard import Hard
 from .order import rows_per_step
@@ -204,6 +205,9 @@ class Preparation:
         found = {"view": views[0] if len(views) == 1 else fingerprint(views)}
         if self.eval_corpus is not None:
             found["eval_dataset"] = self.eval_corpus.fingerprint
+        matches = [Path(text).expanduser() for text in ",".join(self.stage.method).split(",") if is_matches_file(text)]
+        if matches:
+            found["method"] = _file_digest(matches)
         if self.start.kind == "vectors":
             found["init"] = _file_digest([Path(self.start.path).expanduser()])
         if self.student.name == "checkpoint" and Path(self.stage.student).expanduser().is_dir():
@@ -219,7 +223,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         RefusedError: inputs that do not fit together; signals that a view does not hold, with the command that adds
             them; no gold label where one is needed.
     """
-    wanted = parse_methods(stage.method) if stage.recipe is None else None
+    wanted = parse_methods(expand_matches(stage.method)) if stage.recipe is None else None
     student = parse_student(stage.student)
     start = student.default_start() if stage.init is None else parse_start(stage.init)
 

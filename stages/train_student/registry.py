@@ -6,6 +6,7 @@ Light: nothing here imports torch, so listing and parsing are instant.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -72,11 +73,16 @@ class Registry(Generic[Part]):
         return part(**values)
 
     def describe(self) -> list[dict[str, Any]]:
-        """One entry per part: `name`, `summary` (first docstring line), `options` (name to default), `source`."""
+        """One entry per part, by name.
+
+        Returns:
+            `name`, `summary` and `about` (first line and rest of the docstring), `options` (name to default), `source`.
+        """
         return [
             {
                 "name": name,
-                "summary": (self._parts[name].__doc__ or "").strip().splitlines()[0],
+                "summary": inspect.cleandoc(self._parts[name].__doc__ or "").partition("\n")[0],
+                "about": inspect.cleandoc(self._parts[name].__doc__ or "").partition("\n")[2].strip(),
                 "options": {f.name: f.default for f in dataclasses.fields(self._parts[name])},  # type: ignore[arg-type]
                 "source": getattr(self._parts[name], "source", ""),
             }

@@ -38,7 +38,8 @@ class TrainStudent(TrainingOptions):
     )
     method: tuple[str, ...] = option(
         ("soft-target",),
-        help="Methods with weights and options, as in soft-target:0.9:temperature=4,hard:0.1 (kd methods lists them).",
+        help="Methods with weights and options, as in soft-target:0.9:temperature=4,hard:0.1 (kd methods lists them); "
+        "or a YAML file of TextBrewer's intermediate_matches.",
         metavar="METHOD,...",
         panel=STUDENT,
     )

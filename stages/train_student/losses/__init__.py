@@ -8,7 +8,7 @@ from .attention import attention_kl, probability_mse, relation_scores, score_mse
 from .contrastive import info_nce, noise_contrastive, similarities
 from .gold import gold_binary_cross_entropy, gold_cross_entropy, gold_squared_error
 from .logits import bernoulli_kl, flsw_temperatures, logit_mse, soft_target_kl
-from .reduce import Pooling, over_pairs, over_tokens
+from .reduce import Pooling, over_pairs, over_tokens, wide
 from .states import (
     attended_mse,
     direction,
@@ -62,4 +62,5 @@ __all__ = [
     "variance_l1",
     "vector_cosine",
     "vector_distance",
+    "wide",
 ]

@@ -1,6 +1,7 @@
 """Distillation methods, one file each. Adding one: its file, its line here, its line in the test table, a recipe."""
 
-from . import (
+# Importing a method enters it.
+from . import (  # noqa: F401
     alp_kd,
     ckd,
     codir,
@@ -29,25 +30,9 @@ __all__ = [
     "Targets",
     "Term",
     "Unfit",
-    "alp_kd",
-    "ckd",
-    "codir",
-    "distilbert",
-    "fitnets",
     "fitting_methods",
-    "fsp",
-    "hard",
-    "ir_kd",
     "layer_groups",
     "layer_pairs",
-    "logit_mse",
     "methods",
-    "minilm",
-    "minilmv2",
-    "mobilebert",
     "parse_methods",
-    "pkd",
-    "rail_kd",
-    "soft_target",
-    "tinybert",
 ]

@@ -75,6 +75,34 @@ def test_rows_of_several_stores_stand_one_after_another(
     assert np.array_equal(rows.tokens.lengths[120:], alone.tokens.lengths)
 
 
+def test_scores_of_several_stores_are_padded_to_the_longest_row_and_stand_head_by_head() -> None:
+    class Scores:
+        """A reader of rows of one length, two heads: row r's scores count up from 100 r."""
+
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def gather_pairs(self, signal: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            count = self.length**2 * 2
+            values = 100 * rows[:, None] + np.arange(count)
+            return values.reshape(-1, self.length, self.length, 2), np.full(len(rows), self.length)
+
+    both = StoreRows([Scores(2), Scores(3)], [np.array([5, 6]), np.array([7])])  # type: ignore[list-item]
+    signal = Signal("attention.score", 1)
+    pairs, lengths = both.gather_pairs(signal, np.array([2, 0]))
+    assert pairs.shape == (2, 3, 3, 2) and lengths.tolist() == [3, 2]
+    assert pairs[0].ravel().tolist() == [*range(700, 718)]
+    assert pairs[1, :2, :2].ravel().tolist() == [*range(500, 508)]
+    assert not pairs[1, 2:].any() and not pairs[1, :, 2:].any()
+
+    empty = np.zeros(3, np.int64)
+    tokens = TokensInMemory(Ragged.from_lengths(np.zeros(8, np.int64), [2, 3, 3]), Ragged.from_lengths(empty, [3]))
+    rows = Rows(tokens, np.zeros(3), np.ones(3, bool), 0, stored=both, signals=(signal,))
+    scores = rows.batch(np.array([2, 0]))["signals"]["attention.score@1"]
+    assert scores.shape == (2, 2, 3, 3)
+    assert scores[0, 1].tolist() == [[701, 703, 705], [707, 709, 711], [713, 715, 717]]
+
+
 def test_dtypes_and_padding_of_a_batch(view: Any) -> None:
     batch = rows_of(view, pad_token_id=7).batch(np.arange(20))
     inputs = batch["inputs"]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from kd.pipeline.errors import UsageError
+from kd.pipeline.errors import RefusedError, UsageError
+from kd.pipeline.stage import StageContext
+from kd.stages.listings import ListMethods
 from kd.stages.train_student import losses
+from kd.stages.train_student.method_facts import BERT_BASE, method_facts
 from kd.stages.train_student.methods import (
     Shapes,
     StudentOutputs,
@@ -479,3 +485,53 @@ def test_flsw_gives_examples_that_are_further_off_a_lower_temperature() -> None:
     for spec in ("soft-target:flsw=-1", "soft-target:flsw=1:squared=false"):
         with pytest.raises(UsageError, match="flsw"):
             parse_methods(spec)
+
+
+# --- facts for people ------------------------------------------------------------------------------------------------
+
+
+def facts_of(name: str, **fields: Any) -> dict[str, Any]:
+    facts = method_facts(fields.pop("teacher", BERT_BASE), **{"length": 128, **fields})
+    return {entry["name"]: entry for entry in facts}[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "signals", "count"),
+    [
+        ("soft-target", {}, "logits", 8),
+        ("fitnets", {}, "hidden.tok@6", 196_608),
+        ("fitnets", {"length": 25}, "hidden.tok@6", 38_400),
+        ("fsp", {"length": 25}, "hidden.tok@0+4+8+12", 153_600),
+        ("pkd", {}, "hidden.cls@2+4+6+8+10", 7_680),
+        ("pkd", {"student_layers": 3}, "hidden.cls@4+8", 3_072),
+        ("minilmv2", {"length": 25}, "attention.qkv@12", 115_200),
+        ("tinybert", {"student_layers": 4}, "attention.score@3+6+9+12,hidden.tok@0+3+6+9+12", 1_572_864 + 983_040),
+        ("rail-kd", {}, "hidden.mean@1-11", 16_896),
+    ],
+)
+def test_signals_and_bytes_are_those_of_the_specification(
+    name: str, fields: dict[str, Any], signals: str, count: int
+) -> None:
+    entry = facts_of(name, **fields)
+    assert (entry["signals"], entry["bytes_per_example"]) == (signals, count)
+
+
+def test_what_a_student_must_have_follows_from_the_method() -> None:
+    assert facts_of("pkd")["students"] == "any student"
+    assert facts_of("fitnets")["students"] == "the teacher's tokens"
+    assert facts_of("minilmv2")["students"] == "the teacher's tokens, attention"
+    assert facts_of("minilm")["students"] == "the teacher's tokens, as many heads as the teacher"
+    headless = facts_of("minilm", teacher={**BERT_BASE, "num_attention_heads": 0})
+    assert headless["bytes_per_example"] is None and "has none that can be watched" in headless["students"]
+    with pytest.raises(UsageError, match="--length is 0"):
+        facts_of("pkd", length=0)
+
+
+def test_the_list_of_methods_can_be_that_of_a_teachers_folder(tiny_teacher: Path) -> None:
+    stage = ListMethods(teacher=str(tiny_teacher), length=10)
+    result = stage.run(StageContext())
+    (entry,) = [entry for entry in result.summary["methods"] if entry["name"] == "minilmv2"]
+    assert entry["signals"] == "attention.qkv@2" and entry["bytes_per_example"] == 10 * 3 * 32 * 2
+    assert "attention.qkv@2, 1,920 bytes" in stage.report(result.summary)
+    with pytest.raises(RefusedError, match=r"no config\.json of an encoder"):
+        ListMethods(teacher="nowhere").run(StageContext())
