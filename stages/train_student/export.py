@@ -74,6 +74,13 @@ class Report:
             **({"evaluated_on": self.evaluated_on, **self.metrics} if self.evaluated_on else {}),
         }
 
+    def _learning_rate(self) -> Any:
+        """The one of all phases, or theirs in a row where they differ."""
+        if not self.phases:
+            return self.arguments.get("learning_rate")
+        rates = [facts["learning_rate"] for facts in self.phases]
+        return rates[0] if len({*rates}) == 1 else rates
+
     def _short_phases(self) -> dict[str, Any]:
         return {facts["name"]: {"steps": facts["steps"], **facts["last_losses"]} for facts in self.phases}
 
@@ -92,7 +99,7 @@ class Report:
                 "max_steps": self.training["max_steps"],
                 "rows_per_step": self.training["rows_per_step"],
                 "rows_with_gold": self.training["rows_with_gold"],
-                "learning_rate": self.arguments.get("learning_rate"),
+                "learning_rate": self._learning_rate(),
             },
             "task": self.task,
             "label_names": list(self.label_names),

@@ -529,7 +529,7 @@ def _resolved(prepared: Preparation, trainer: StudentTrainer) -> dict[str, Any]:
     stage = prepared.stage
     config = stage.config()
     # What phases may decide for themselves is filled in where they stand: in the recipe beside it.
-    of_phases = {*OPTIONS, "num_train_epochs"} if stage.recipe is not None else set()
+    of_phases = {*OPTIONS, "num_train_epochs"} if stage.recipe is not None and not stage.baseline else set()
     for name in [name for name, value in config.items() if value is None and hasattr(trainer.args, name)]:
         if name not in of_phases:
             value = getattr(trainer.args, name)

@@ -190,6 +190,7 @@ def test_a_run_says_what_came_of_every_phase(undisturbed: tuple[Path, Watched, A
     assert [facts["learning_rate"] for facts in phases] == [2e-4, 2e-4, 1e-4]
     manifest = open_artifact(run).manifest
     assert manifest["content"]["budget"]["max_steps"] == 20
+    assert manifest["content"]["budget"]["learning_rate"] == [2e-4, 2e-4, 1e-4]
     assert manifest["identity"]["config"]["recipe"]["1 hint"]["trainable"] == ["embeddings", "layers<=1", "projections"]
     assert kd.load_student(run)(view.texts[:2]).shape == (2, 3)
 
@@ -301,6 +302,11 @@ def test_a_baseline_has_the_steps_of_all_phases(view: Any, recipe: Callable[...,
     summary = train(view, tmp_path / "run", file, max_steps=None, baseline=True)
     assert summary["role"] == "baseline" and summary["method"] == "hard:1" and summary["steps"] == 6
     assert "phases" not in summary
+    rates = []
+    for name, fields in (("run", {}), ("distilled", {"baseline": False})):
+        train(view, tmp_path / name, file, **{"max_steps": None, "baseline": True, **fields})
+        rates.append(open_artifact(tmp_path / name).content["budget"]["learning_rate"])
+    assert rates == [2e-4, 2e-4]
     config = read_config(TrainStudent, tmp_path / "run" / "resolved_config.yaml")
     assert config["max_steps"] == 6 and config["recipe"] is None
 
