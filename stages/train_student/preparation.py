@@ -265,6 +265,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         eval_corpus=_eval_corpus(stage, corpora[0].info, task),
     )
     _check_tokens(prepared, needed, reads_tokens)
+    _check_compilation(prepared)
     _check_coverage(prepared)
     _check_gold(prepared)
     _check_selection(prepared)
@@ -386,6 +387,24 @@ def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens:
                 "hidden states",
                 details=[f"layers, width: {teacher.num_layers}, {teacher.hidden_size} and {found[0]}, {found[1]}"],
             )
+
+
+def _check_compilation(prepared: Preparation) -> None:
+    """Attention is watched from Python, as the student runs: a compiled graph would not call the watch."""
+    if not prepared.stage.torch_compile:
+        return
+    terms = [term for phase in prepared.phases for term in phase.terms]
+    watching = {
+        term.method.name
+        for term in terms
+        if any(name.startswith(("score@", "qkv@")) for name in term.method.reads(prepared.shapes))
+    }
+    if watching:
+        raise UsageError(
+            f"method {' and '.join(repr(name) for name in sorted(watching))} reads the student's attention, which a "
+            "compiled student does not show",
+            fix="leave --torch-compile out",
+        )
 
 
 def _check_coverage(prepared: Preparation) -> None:

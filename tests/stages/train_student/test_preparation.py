@@ -58,6 +58,8 @@ def test_missing_signals_are_named_with_the_command_that_adds_them(
         ({"method": "pkd"}, "and it has no other"),
         ({"student": "bilstm:units=words", "method": "fitnets"}, "need a student that reads the teacher's tokens"),
         ({"student": "mobilebert", "fp16": True}, "overflows in float16"),
+        ({"student": "bert", "method": "minilmv2", "torch_compile": True}, "leave --torch-compile out"),
+        ({"student": "bert:heads=2", "method": "minilm"}, "fit student 'bert:heads=2' as they are: alp-kd, ckd"),
         ({"early_stopping_patience": 2}, "needs rows to evaluate on"),
         ({"metric_for_best_model": "acuracy", "validation_fraction": 0.3}, "did you mean 'accuracy'?"),
         ({"metric_for_best_model": "agreement", "validation_fraction": 0.3, "baseline": True}, "without --baseline"),
