@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test faults check bench docs clean
+BENCHMARKS := capture read train scale write verify startup
+
+.PHONY: quickstart test faults check bench bench-quick docs clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,8 +32,11 @@ check: $(READY) .links/kd  ## format, lint, types, layers, fast tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-bench: $(READY)  ## speed and memory, as ratios within one run
-	for file in capture read train verify startup; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+bench: $(READY)  ## speed and memory, as ratios within one run: 20 minutes on two cores that do nothing else
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-quick: $(READY)  ## the same at small sizes, in 3 minutes: coarser figures
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 docs: $(READY)  ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate.py
