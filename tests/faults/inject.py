@@ -60,7 +60,7 @@ def place_of(name: str) -> tuple[int | None, str | None, str]:
         return int(match[1]), "record", name
     if name.startswith("commits/"):
         return None, "record", name
-    if match := re.fullmatch(r"(sidecars|views)/([^/.]+).*", name):
+    if match := re.fullmatch(r"(sidecars|views)/([^/]+?)(?:\.json|/.*)?", name):
         return None, f"{match[1][:-1]} {match[2]}", name
     folder = name.rpartition("/")[0]
     array, _, layer = folder.partition("/")

@@ -49,7 +49,7 @@ def test_the_teacher_opens_in_transformers_with_its_label_names(make_model, judg
     said = Said()
     encoder = make_model(tmp_path / "encoder", names=("positive", "negative", "neutral"))
     outcome = execute(
-        stage(encoder, judged, tmp_path / "t", eval_dataset=str(judged), eval_steps=10, max_steps=20),
+        stage(encoder, judged, tmp_path / "t", eval_dataset=str(judged), eval_steps=10, max_steps=30),
         StageContext(progress=said),
     )
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "t")

@@ -102,7 +102,7 @@ def test_two_workers_one_killed_then_a_rerun_and_a_student(
     kd.train_student(
         view=str(tmp_path / "view"),
         student="bert:num_layers=1",
-        method="soft-target,pkd:0.1:layers=1-1",
+        method="soft-target,pkd:0.1:layer_map=1-1",
         output_dir=str(tmp_path / "run"),
         num_train_epochs=1,
     )
