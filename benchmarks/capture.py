@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows that kd captures in a turn; loops run over a part of them")
     parser.add_argument("--rounds", type=int, help="timed turns of each way, after one that warms up")
     arguments = parser.parse_args()
-    rows = arguments.rows or (1024 if arguments.quick else 2048)
+    rows = arguments.rows or (640 if arguments.quick else 2048)
     rounds = arguments.rounds or (1 if arguments.quick else 2)
 
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -66,12 +66,14 @@ def hash_all(paths: Sequence[Path]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds")
+    parser.add_argument("--rows", type=int, help="in each store (default 20,000; 5,000 if quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 5; 2 if quick)")
     parser.add_argument("--folder", type=Path, help="where to build the stores (default: a temporary folder)")
     options = parser.parse_args()
+    num_rows, rounds = options.rows or (5_000 if options.quick else 20_000), options.rounds or (2 if options.quick else 5)
     rng = np.random.default_rng(1)
-    lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, options.rows)).astype(np.int64) + 2, 3, 66)
+    lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, num_rows)).astype(np.int64) + 2, 3, 66)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, specs in {"logits, hidden.tok@6": (LOGITS, TOKENS), "logits": (LOGITS,)}.items():
@@ -80,12 +82,12 @@ def main() -> None:
             size = hash_all(paths)
             assert verify_store(store.url).ok
             ways = {"kd": lambda s=store: verify_store(s.url), "xxh3": lambda p=paths: hash_all(p)}
-            seconds = take_turns(ways, options.rounds, clock=time.process_time)
+            seconds = take_turns(ways, rounds, clock=time.process_time)
             kd, xxh3 = compared(name, seconds, unit="GB/s", number=lambda s, size=size: size / s / 1e9)
             figures += [replace(kd, at_least=TARGET_GB_PER_S if TOKENS in specs else None), xxh3]
-            rate = options.rows / statistics.median(seconds["kd"])
+            rate = num_rows / statistics.median(seconds["kd"])
             figures.append(Figure(what=name, way="kd", value=rate, unit="rows/s"))
-    settings = {"rows": options.rows, "rounds": options.rounds, "clock": "processor"}
+    settings = {"rows": num_rows, "rounds": rounds, "clock": "processor"}
     finish("verify", figures, settings)
 
 
