@@ -1,6 +1,6 @@
 """Verifying a store, beside hashing the same files and doing nothing else.
 
-    python benchmarks/verify.py [--rows 20000] [--rounds 5] [--folder DIR]
+    python benchmarks/verify.py [--quick] [--rows 20000] [--rounds 5] [--folder DIR]
 
 Both read every file from the page cache, in one process on one core:
 - kd: `verify_store`: checksums, the index against its columns, row keys against token ids, metadata, records.
@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 5; 2 if quick)")
     parser.add_argument("--folder", type=Path, help="where to build the stores (default: a temporary folder)")
     options = parser.parse_args()
-    num_rows, rounds = options.rows or (5_000 if options.quick else 20_000), options.rounds or (2 if options.quick else 5)
+    num_rows, rounds = (
+        options.rows or (5_000 if options.quick else 20_000),
+        options.rounds or (2 if options.quick else 5),
+    )
     rng = np.random.default_rng(1)
     lengths = np.clip(np.rint(rng.lognormal(2.2, 0.7, num_rows)).astype(np.int64) + 2, 3, 66)
     figures: list[Figure] = []
