@@ -135,11 +135,11 @@ class _Commands(TyperGroup):
         return command_names(self.path)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        # What the list in `kd --help` shows of it: making every option of every command would triple the time.
+        # What the list in `kd --help` shows of it: importing the stages and making all options would triple the time.
         command = " ".join((*self.path, cmd_name))
         if cmd_name not in command_names(self.path):
             return None
-        line = stage_class(command).summary_line if command in COMMANDS else GROUPS[command]
+        line = COMMANDS[command][1] if command in COMMANDS else GROUPS[command]
         return TyperCommand(cmd_name, help=_escaped(line))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -173,7 +173,7 @@ def app(path: tuple[str, ...] = ()) -> typer.Typer:
     made = typer.Typer(add_completion=not path, rich_markup_mode="rich", pretty_exceptions_enable=False)
     if command in COMMANDS:
         stage = stage_class(command)
-        made.command(name=path[-1], help=_escaped(stage.summary_line))(_callback(stage))
+        made.command(name=path[-1], help=_escaped(COMMANDS[command][1]))(_callback(stage))
         return made
     group = type("_Group", (_Commands,), {"path": path})
     if path:

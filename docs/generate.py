@@ -150,7 +150,7 @@ def _commands() -> str:
     rows = []
     for command in COMMANDS:
         anchor = f"kd {command}".replace(" ", "-")
-        rows.append(f"| [`kd {command}`](#{anchor}) | {stage_class(command).summary_line} |")
+        rows.append(f"| [`kd {command}`](#{anchor}) | {COMMANDS[command][1]} |")
     return "\n".join(["| command | |", "|---|---|", *rows, ""])
 
 
@@ -176,7 +176,7 @@ def _command(command: str) -> str:
     positional = [field for field in fields if field.positional]
     words = [*(_use(field) for field in positional), *(_use(field) for field in fields if field.required)]
     usage = " ".join(["kd", command, *dict.fromkeys(words), "[OPTIONS]"])
-    parts = [f"{stage.summary_line}\n", f"    {usage}\n"]
+    parts = [f"{COMMANDS[command][1]}\n", f"    {usage}\n"]
     for panel in dict.fromkeys(field.panel for field in fields):
         rows = [_row(field) for field in fields if field.panel == panel]
         head = [f"| {panel or 'option'} | |", "|---|---|"]

@@ -179,8 +179,6 @@ class Stage:
     """The command that runs it: a verb."""
     kind: ClassVar[str | None] = None
     """The kind of artifact it makes; None when it only reports."""
-    summary_line: ClassVar[str] = ""
-    """One line for `kd --help`."""
     version: ClassVar[int] = 1
     """Raised when the same configuration starts to give another result."""
     on_interrupt: ClassVar[str] = "the same command starts it again"

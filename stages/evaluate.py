@@ -25,7 +25,6 @@ class Evaluate(Stage):
     """Score a teacher or a run on a labelled split."""
 
     command: ClassVar[str] = "evaluate"
-    summary_line: ClassVar[str] = "Score a teacher or a student on one split."
 
     model: str = option(help="Teacher, run, or any fine-tuned classifier.", metavar="RUN|TEACHER")
     dataset: str = option(help="Dataset to score on, as D or D:split.")

@@ -36,7 +36,6 @@ class ListMethods(Stage):
     """The distillation methods that `--method` knows, and what each asks for, given a teacher and a length."""
 
     command: ClassVar[str] = "methods"
-    summary_line: ClassVar[str] = "List the distillation methods."
 
     teacher: str | None = option(
         None, help="Folder of the teacher that signals and bytes are for; BERT-base by default.", metavar="TEACHER"
@@ -88,7 +87,6 @@ class ListStudents(Stage):
     """The students that `--student` knows besides any checkpoint."""
 
     command: ClassVar[str] = "students"
-    summary_line: ClassVar[str] = "List the student architectures."
 
     def run(self, context: StageContext) -> StageResult:
         from .train_student.students import students
@@ -104,7 +102,6 @@ class ListSignals(Stage):
     """The teacher outputs that `--signals` knows: what they are, what they cost, and what they follow from."""
 
     command: ClassVar[str] = "signals"
-    summary_line: ClassVar[str] = "List the teacher outputs that can be cached, with their bytes for a teacher."
 
     teacher: str | None = option(None, help="Whose sizes to count with: a folder or hub id.", metavar="PATH|ID")
     trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.")
@@ -246,7 +243,6 @@ class ShowFingerprint(Stage):
     """The fingerprint of a finished artifact: for batch scripts that name things after what made them."""
 
     command: ClassVar[str] = "fingerprint"
-    summary_line: ClassVar[str] = "Print the fingerprint of a finished artifact."
 
     path: str = option(help="A folder with a manifest.json.", positional=True, metavar="PATH")
     short: bool = option(False, help="Its first 8 digits only.")

@@ -18,7 +18,6 @@ class RunWorkflow(Stage):
     """Runs the steps of a workflow; what is done already is skipped, what changed is made again."""
 
     command: ClassVar[str] = "run"
-    summary_line: ClassVar[str] = "Run a workflow: skip what is done, make again what changed, and compare."
     on_interrupt: ClassVar[str] = "finished steps are kept; the same command goes on with the rest"
 
     file: str = option(help="The workflow's YAML file.", positional=True, metavar="FILE")

@@ -28,7 +28,6 @@ class TrainTeacher(TrainingOptions):
 
     command: ClassVar[str] = "train-teacher"
     kind: ClassVar[str] = "teacher"
-    summary_line: ClassVar[str] = "Fine-tune any encoder checkpoint on labelled text into a teacher folder."
     on_interrupt: ClassVar[str] = "the same command goes on from the last checkpoint"
 
     model: str = option(

@@ -22,7 +22,6 @@ class Make(Stage):
 
     command: ClassVar[str] = "make"
     kind: ClassVar[str] = "corpus"
-    summary_line: ClassVar[str] = "Make a thing [in tests]."
     on_interrupt: ClassVar[str] = "half of {output_dir} is kept; the same command goes on"
 
     value: int = option(1, help="A number.")
@@ -82,7 +81,6 @@ class Judge(Stage):
     """Reports on artifacts and makes none."""
 
     command: ClassVar[str] = "compare"
-    summary_line: ClassVar[str] = "Judge things."
 
     things: tuple[str, ...] = option(help="Things to judge.", positional=True, metavar="THING...")
     dry_run: bool = option(False, help="Only look.", identity=False)
@@ -101,10 +99,13 @@ class Fit(Make):
 
     command: ClassVar[str] = "fit model"
     kind: ClassVar[str] = "run"
-    summary_line: ClassVar[str] = "Fit a thing."
 
 
-COMMANDS = {"make": "toy_stages:Make", "compare": "toy_stages:Judge", "fit model": "toy_stages:Fit"}
+COMMANDS = {
+    "make": ("toy_stages:Make", "Make a thing [in tests]."),
+    "compare": ("toy_stages:Judge", "Judge things."),
+    "fit model": ("toy_stages:Fit", "Fit a thing."),
+}
 STAGES = {"make": Make, "compare": Judge, "fit model": Fit}
 
 

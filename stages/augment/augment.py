@@ -49,7 +49,6 @@ class Augment(Stage):
 
     command: ClassVar[str] = "augment"
     kind: ClassVar[str | None] = "corpus"
-    summary_line: ClassVar[str] = "Make a corpus: import a dataset, hide labels, add variants of its texts."
     on_interrupt: ClassVar[str] = "finished chunks are kept; the same command goes on from there"
 
     dataset: str = option(help="Dataset D[:split]: a file, a dataset folder or a hub id.", panel=_SOURCE)

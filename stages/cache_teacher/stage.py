@@ -39,7 +39,6 @@ class CacheTeacher(Stage):
 
     command: ClassVar[str] = "cache-teacher"
     kind: ClassVar[str] = "view"
-    summary_line: ClassVar[str] = "Run a teacher over a corpus once, and keep what it says in a store."
     on_interrupt: ClassVar[str] = "finished shards are kept; the same command goes on with the rest"
 
     teacher: str = option(help="Teacher: a checkpoint folder or hub id.", panel=TEACHER, metavar="PATH|ID")

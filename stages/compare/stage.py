@@ -24,7 +24,6 @@ class Compare(Stage):
 
     command: ClassVar[str] = "compare"
     kind: ClassVar[str] = "comparison"
-    summary_line: ClassVar[str] = "Compare students with their baselines and their teacher on one split."
 
     runs: tuple[str, ...] = option(
         help="Runs of train-student; those that differ in their seed alone are one row of the table.",

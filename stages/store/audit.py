@@ -36,7 +36,6 @@ class AuditStore(Stage):
     """Finds a store that was written wrongly, whose checksums fit."""
 
     command: ClassVar[str] = "store audit"
-    summary_line: ClassVar[str] = "Run the teacher again on a sample of rows, and compare; exit code 4 if they differ."
     on_interrupt: ClassVar[str] = "nothing was changed; the same command starts again"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")

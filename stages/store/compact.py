@@ -14,7 +14,6 @@ class CompactStore(Stage):
     """Puts the many small records of a store into one Parquet file, so that it opens fast."""
 
     command: ClassVar[str] = "store compact"
-    summary_line: ClassVar[str] = "Put the commit records of a store into few files; it holds the same as before."
     on_interrupt: ClassVar[str] = "nothing is lost; the same command does the rest"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")

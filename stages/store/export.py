@@ -31,7 +31,6 @@ class ExportStore(Stage):
 
     command: ClassVar[str] = "store export"
     kind: ClassVar[str] = "export"
-    summary_line: ClassVar[str] = "Write a view or a store as a dataset that datasets.load_dataset opens."
     on_interrupt: ClassVar[str] = "the same command writes the files anew"
 
     source: str = option(help="A view, with its corpus; or a store.", positional=True, metavar="SOURCE")

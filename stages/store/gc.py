@@ -15,7 +15,6 @@ class CollectStore(Stage):
     """Lists the signals that no view of a store needs, and what killed processes left; removes them if asked to."""
 
     command: ClassVar[str] = "store gc"
-    summary_line: ClassVar[str] = "List what no view of a store needs, and remove it with --delete."
     on_interrupt: ClassVar[str] = "the store is sound; the same command does the rest"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")

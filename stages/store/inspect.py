@@ -15,7 +15,6 @@ class InspectStore(Stage):
     """What a store holds, from its records alone."""
 
     command: ClassVar[str] = "store inspect"
-    summary_line: ClassVar[str] = "Print what a store holds: identity, rows, signals, bytes."
 
     store: str = option(help="The store.", positional=True, metavar="STORE")
 

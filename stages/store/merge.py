@@ -16,7 +16,6 @@ class MergeStores(Stage):
     """Copies rows and signals of stores of one teacher, capture and layout into one of them, or a new one."""
 
     command: ClassVar[str] = "store merge"
-    summary_line: ClassVar[str] = "Copy what other stores of the same teacher hold into one store."
     on_interrupt: ClassVar[str] = "what was copied is kept; the same command does the rest"
 
     source: tuple[str, ...] = option(

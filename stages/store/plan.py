@@ -27,7 +27,6 @@ class PlanStore(Stage):
     """Costs a list of signals in every encoding, for a store as it is, or for one that is to be made or to grow."""
 
     command: ClassVar[str] = "store plan"
-    summary_line: ClassVar[str] = "Print bytes and time of signals in each encoding, against a budget; writes nothing."
 
     store: str | None = option(
         None, help="A store: what it lacks is counted. None: a new one.", positional=True, metavar="STORE"

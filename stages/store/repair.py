@@ -28,7 +28,6 @@ class RepairStore(Stage):
     """Restores what is damaged in a store; every byte it writes has the recorded checksum, or it says so."""
 
     command: ClassVar[str] = "store repair"
-    summary_line: ClassVar[str] = "Restore what is damaged in a store: the teacher runs on the damaged rows only."
     on_interrupt: ClassVar[str] = "what was repaired stays; the same command goes on with the rest"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")

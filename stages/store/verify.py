@@ -61,7 +61,6 @@ class VerifyStore(Stage):
     """Reads every file of a store and compares it with its record."""
 
     command: ClassVar[str] = "store verify"
-    summary_line: ClassVar[str] = "Read a whole store and compare it with its records; exit code 4 if it differs."
     on_interrupt: ClassVar[str] = "nothing was changed; the same command starts again"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")

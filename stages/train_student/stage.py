@@ -24,7 +24,6 @@ class TrainStudent(TrainingOptions):
 
     command: ClassVar[str] = "train-student"
     kind: ClassVar[str] = "run"
-    summary_line: ClassVar[str] = "Train a student from stored teacher signals, without the teacher."
     on_interrupt: ClassVar[str] = "the same command goes on from the step it stopped at"
 
     view: tuple[str, ...] = option(
