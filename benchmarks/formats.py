@@ -264,13 +264,12 @@ class Samples:
         return folder / cls.__name__.lower() / case.replace(", ", "-").replace(" ", "-")
 
     write_samples: Callable[[Path, Iterator[dict[str, Array]]], None]
+    open: Callable[[Path], Any]
+    """Both are a subclass's own."""
 
     def __init__(self, folder: Path, signals: Sequence[str]) -> None:
         case = next(case for case, named in CASES.items() if named == tuple(signals))
         self.samples, self.signals = self.open(self.folder_of(folder, case)), signals
-
-    def open(self, folder: Path) -> Any:
-        raise NotImplementedError
 
     def read(self, batch: Array) -> list[Array]:
         samples = [self.samples[row] for row in batch.tolist()]
