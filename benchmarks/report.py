@@ -31,14 +31,14 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds that each way took, one number a round, after one round that warms up and does not count.
 
-    Within a round every way has one turn, so that a machine that slows down slows all of them. `time.process_time` as
-    the clock counts the processor's time alone.
+    Within a round every way has one turn, and the next round goes through them backwards: what a machine that slows
+    down does to one way, it does to all. `time.process_time` as the clock counts the processor's time alone.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name in [*ways][:: -1 if number % 2 else 1]:
             started = clock()
-            done = way()
+            done = ways[name]()
             spent = done.seconds if isinstance(done, Timed) else clock() - started
             if number:
                 seconds[name].append(spent)
@@ -49,7 +49,8 @@ def take_turns(
 class Figure:
     """One row of the table: `value` `unit` of a way, with its least and greatest over the rounds.
 
-    `ratio` is how kd compares with this way. The target, if any, is of `ratio` where there is one, else of `value`.
+    `ratio` is how kd compares with this way, with its quartiles over the rounds. The target, if any, is of `ratio`
+    where there is one, else of `value`.
     """
 
     what: str
@@ -59,6 +60,8 @@ class Figure:
     low: float | None = None
     high: float | None = None
     ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     at_least: float | None = None
     at_most: float | None = None
 
@@ -76,8 +79,10 @@ class Figure:
         target = target or (f"<= {self.at_most:g}" if self.at_most is not None else "")
         spread = "" if self.low is None or self.high is None else f"{_short(self.low)}..{_short(self.high)}"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}x"
+        low, high = self.ratio_low, self.ratio_high
+        middle = "" if low is None or high is None else f"{low:.2f}..{high:.2f}"
         met = {None: "", True: "yes", False: "NO"}[self.met]
-        return self.what, self.way, _short(self.value), self.unit, spread, ratio, target, met
+        return self.what, self.way, _short(self.value), self.unit, spread, ratio, middle, target, met
 
 
 def _short(value: float) -> str:
@@ -94,23 +99,40 @@ def compared(
 ) -> list[Figure]:
     """A figure of each way, the first of which is kd; ratios say how many times as fast as each other one kd is.
 
+    A ratio is the median of those within each round: a machine whose speed changes between rounds changes medians of
+    seconds, and not what was measured side by side.
+
     `number` turns seconds into what is shown, in `unit` (`lambda s: rows / s`); `at_least` has ratios' targets by way.
     """
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    kd = next(iter(medians))
-    return [
-        Figure(
-            what=what,
-            way=way,
-            value=number(medians[way]),
-            unit=unit,
-            low=min(number(spent) for spent in times),
-            high=max(number(spent) for spent in times),
-            ratio=None if way == kd else medians[way] / medians[kd],
-            at_least=(at_least or {}).get(way),
+    kd = next(iter(seconds))
+    figures = []
+    for way, times in seconds.items():
+        ratios = [spent / of_kd for spent, of_kd in zip(times, seconds[kd], strict=True)]
+        low, middle, high = quartiles(ratios) if way != kd else (None, None, None)
+        shown = [number(spent) for spent in times]
+        figures.append(
+            Figure(
+                what=what,
+                way=way,
+                value=number(statistics.median(times)),
+                unit=unit,
+                low=min(shown),
+                high=max(shown),
+                ratio=middle,
+                ratio_low=low,
+                ratio_high=high,
+                at_least=(at_least or {}).get(way),
+            )
         )
-        for way, times in seconds.items()
-    ]
+    return figures
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """What a quarter, a half and three quarters of some numbers are below; between two of them, linearly."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def machine() -> dict[str, Any]:
@@ -135,10 +157,11 @@ def finish(
     name: str, figures: Sequence[Figure], settings: Mapping[str, Any] | None = None, *, notes: Sequence[str] = ()
 ) -> None:
     """Print the table, the notes and the machine, and as the last line one JSON object with all of it."""
-    table = [("what", "way", "value", "unit", "least..most", "ratio", "target", "met"), *(f.cells() for f in figures)]
+    head = ("what", "way", "value", "unit", "least..most", "ratio", "quartiles", "target", "met")
+    table = [head, *(figure.cells() for figure in figures)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        cells = zip(line, widths, "<<><>>>>", strict=True)
+        cells = zip(line, widths, "<<><>>>>>", strict=True)
         print("  ".join(f"{cell:{side}{width}}" for cell, width, side in cells).rstrip())
     for note in notes:
         print(note)

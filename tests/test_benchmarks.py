@@ -31,6 +31,27 @@ def test_every_benchmark_is_run_here() -> None:
     assert {file.stem for file in BENCHMARKS.glob("*.py")} - SHARED == {*SMALL}
 
 
+def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is ten times as slow in the third round, and from the second way of the second round on."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report import compared
+
+    kd, other = compared("what", {"kd": [1.0, 1.0, 10.0], "other": [2.0, 20.0, 20.0]})
+    assert kd.ratio is None
+    assert (other.ratio, other.ratio_low, other.ratio_high) == (2.0, 2.0, 11.0)
+    assert other.cells()[5:7] == ("2.00x", "2.00..11.00")
+
+
+def test_ways_go_backwards_in_every_other_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report import Timed, take_turns
+
+    turns: list[str] = []
+    ways = {name: lambda name=name: turns.append(name) or Timed(1.0) for name in "ab"}
+    assert take_turns(ways, rounds=2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert "".join(turns) == "ab" + "ba" + "ab"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path) -> None:
