@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.artifact import Artifact
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
-from ...pipeline.executor import ShardOutcome, check_execution, map_shards
+from ...pipeline.executor import ShardOutcome, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 from .choice import PROFILES
+from .plan import Plan, plan_table, recoded_shards
 
 if TYPE_CHECKING:
-    from ...pipeline.ragged import Ragged
     from ...pipeline.store import ArraySpec, InputRows, Signal, StoreIdentity, StoreLayout, TeacherStore
-    from ...pipeline.store.plan import ShardSize
-    from ...pipeline.store.store import AllocationPreview
     from ..corpus import Corpus
     from ..train_student.methods import Term
     from .capture import CapturedShard, CaptureJob
@@ -131,14 +129,8 @@ class CacheTeacher(Stage):
         metavar="N",
     )
 
-    workers: int = option(1, help="Processes on this machine.", identity=False, panel=RUNNING, metavar="N")
-    cluster: str | None = option(
-        None,
-        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
-        identity=False,
-        panel=RUNNING,
-        metavar="CLUSTER",
-    )
+    workers: int = workers_option(RUNNING)
+    cluster: str | None = cluster_option(RUNNING)
     dry_run: bool = option(False, help="Print the plan, and write nothing.", identity=False, panel=RUNNING)
     output_dir: str = option(help="Where the view goes.", metavar="VIEW")
 
@@ -506,7 +498,7 @@ class CacheTeacher(Stage):
             specs=specs,
             missing=missing,
             missing_sizes=[] if store is None else store.shard_sizes(missing),
-            recoded=frozenset() if store is None else _recoded(store, missing),
+            recoded=frozenset() if store is None else recoded_shards(store, missing),
             sidecars=sidecars if store is None else missing_sidecars(store, sidecars),
             teacher=teacher,
             max_bytes=self._max_bytes(),
@@ -746,7 +738,6 @@ class CacheTeacher(Stage):
     # --- dry run -------------------------------------------------------------------------------------------------
 
     def _dry_run(self, plan: Plan, context: StageContext) -> StageResult:
-        from ...pipeline.store.plan import free_bytes
         from .capture import measure_rate
         from .teacher import resolve_device
 
@@ -761,24 +752,7 @@ class CacheTeacher(Stage):
                 dtype=self.dtype,
                 device=resolve_device(self.device),
             )
-        seconds = 0.0 if tokens_per_s is None else plan.tokens_to_compute / tokens_per_s
-        summary: dict[str, Any] = {
-            "rows": len(self._corpus),
-            "rows_new": plan.preview.num_new,
-            "rows_known": plan.preview.num_known,
-            "duplicates": len(self._corpus) - plan.preview.num_new - plan.preview.num_known,
-            "truncated_rows": plan.num_truncated,
-            "rows_to_compute": plan.rows_to_compute,
-            "tokens_to_compute": plan.tokens_to_compute,
-            "shards_to_compute": plan.shards_to_compute,
-            "bytes_by_signal": plan.bytes_of,
-            "bytes_total": sum(plan.bytes_of.values()),
-            "free_bytes": free_bytes(self.store),
-            "chosen": self._chosen(),
-            "estimated_seconds": round(seconds, 1),
-            "estimated_rows_per_s": round(plan.rows_to_compute / seconds, 1) if seconds else None,
-            "dry_run": True,
-        }
+        summary = plan.figures(tokens_per_s) | {"chosen": self._chosen(), "dry_run": True}
         failure: KdError | None = None
         try:
             plan.require_room()
@@ -790,136 +764,7 @@ class CacheTeacher(Stage):
         """The plan of a dry run as a table; a capture's figures in the common form."""
         if not summary.get("dry_run"):
             return None
-        from ...pipeline.store import format_bytes
-
-        bytes_of, free = summary["bytes_by_signal"], summary["free_bytes"]
-        width = max(map(len, (*bytes_of, "in all, of")), default=0)
-        lines = [
-            f"cache-teacher --dry-run: nothing was written (store {self.store})",
-            f"  rows     {summary['rows']}: {summary['rows_new']} new, {summary['rows_known']} known, "
-            f"{summary['duplicates']} duplicates, {summary['truncated_rows']} cut at {self._max_tokens} tokens",
-            f"  compute  {summary['rows_to_compute']} rows, {summary['tokens_to_compute']} tokens "
-            f"in {summary['shards_to_compute']} shards",
-            f"  time     about {summary['estimated_seconds']} s"
-            + (f" ({summary['estimated_rows_per_s']} rows/s)" if summary["estimated_rows_per_s"] else ""),
-            *_choice_lines(summary["chosen"]),
-            "  bytes",
-            *(f"    {name:<{width}}  {format_bytes(size):>8}" for name, size in bytes_of.items()),
-            f"    {'in all':<{width}}  {format_bytes(summary['bytes_total']):>8}  "
-            + ("" if free is None else f"({format_bytes(free)} free)"),
-        ]
-        return "\n".join(lines)
-
-
-def _choice_lines(chosen: Mapping[str, Any] | None) -> list[str]:
-    if chosen is None:
-        return []
-    lines = [
-        f"  chosen   for {', '.join(chosen['for'])}",
-        f"    --signals {chosen['signals']} --sidecars {','.join(chosen['sidecars']) or 'none'}",
-    ]
-    for what, text in (("derived", chosen["derived"]), ("also possible", ", ".join(chosen["also_possible"]))):
-        lines += [f"    {what}: {text}"] if text else []
-    return lines
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a capture will do, known before anything is written.
-
-    Attributes:
-        url: of the store.
-        store: None when it is to be made.
-        layout: the store's own, or the one it will get.
-        inputs: the corpus as the teacher reads it.
-        num_truncated: rows of it that were cut.
-        preview: which rows are new, and the shards they will take.
-        specs: the signals asked for.
-        missing: shards that are there and hold a row of the corpus → signals they lack.
-        missing_sizes: of those shards.
-        recoded: those of them that the teacher need not run over: the store holds float32 of all that they lack.
-        sidecars: to be added.
-        teacher: whose tensors the sidecars hold.
-        max_bytes: the budget; None is the free disk.
-    """
-
-    url: str
-    store: TeacherStore | None
-    layout: StoreLayout
-    inputs: InputRows
-    num_truncated: int
-    preview: AllocationPreview
-    specs: tuple[ArraySpec, ...]
-    missing: Mapping[int, tuple[ArraySpec, ...]]
-    missing_sizes: Sequence[ShardSize]
-    recoded: frozenset[int]
-    sidecars: tuple[str, ...]
-    teacher: Teacher
-    max_bytes: int | None
-
-    @cached_property
-    def _sizes_to_compute(self) -> list[ShardSize]:
-        sizes = zip(self.missing, self.missing_sizes, strict=True)
-        return [*self.preview.sizes, *(size for shard, size in sizes if shard not in self.recoded)]
-
-    def typical_rows(self) -> tuple[Ragged, Ragged]:
-        """Token and segment ids of some rows like those to be computed."""
-        if self.preview.num_new or self.store is None:
-            return self.inputs.first_step()
-        rows = self.store.read_tokens(next(shard for shard in self.missing if shard not in self.recoded))
-        return rows.token_ids, rows.segment_ids
-
-    @property
-    def shards_to_compute(self) -> int:
-        return len(self._sizes_to_compute)
-
-    @property
-    def rows_to_compute(self) -> int:
-        return sum(shard.rows for shard in self._sizes_to_compute)
-
-    @property
-    def tokens_to_compute(self) -> int:
-        return sum(shard.tokens for shard in self._sizes_to_compute)
-
-    @cached_property
-    def bytes_of(self) -> dict[str, int]:
-        """Bytes that will be written, by signal, sidecar and index; exact but for the index."""
-        from ...pipeline.store import plan_bytes
-        from ...pipeline.store.plan import INDEX_BYTES_PER_ROW
-        from .sidecars import sidecar_bytes
-
-        sizes = plan_bytes(self.layout, (*self.layout.input_specs, *self.specs), self.preview.sizes)
-        for specs, size in zip(self.missing.values(), self.missing_sizes, strict=True):
-            for name, size_bytes in plan_bytes(self.layout, specs, [size]).items():
-                sizes[name] += size_bytes
-        per_row = INDEX_BYTES_PER_ROW + (4 if self.layout.pairs_per_shard else 0)
-        sizes["index"] = per_row * self.preview.num_new
-        if self.sidecars:
-            sizes |= {f"sidecar {name}": size for name, size in sidecar_bytes(self.teacher, self.sidecars).items()}
-        return sizes
-
-    @property
-    def bytes_text(self) -> str:
-        from ...pipeline.store import format_bytes
-
-        return format_bytes(sum(self.bytes_of.values()))
-
-    def require_room(self) -> None:
-        """RefusedError when it is larger than the budget or the free disk."""
-        from ...pipeline.store import require_room
-
-        require_room(self.bytes_of, url=self.url, max_bytes=self.max_bytes)
-
-
-def _recoded(store: TeacherStore, missing: Mapping[int, Sequence[ArraySpec]]) -> frozenset[int]:
-    from ...pipeline.store.recode import recodable
-
-    catalogue = store.catalogue()
-    return frozenset(
-        shard
-        for shard, specs in missing.items()
-        if recodable(catalogue, shard, specs).keys() == {spec.signal for spec in specs}
-    )
+        return plan_table(summary, store=self.store, max_tokens=self._max_tokens)
 
 
 def _waiting(shards: Sequence[int]) -> str:
