@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import KdError, RefusedError, UsageError, near_match
+from .stage import option
 from .threads import thread_environment
 
 Computed = TypeVar("Computed")
@@ -58,6 +59,22 @@ class ShardOutcome(Generic[Record]):
     failure: str | None = None
 
 
+def workers_option(panel: str | None = None) -> Any:
+    """The field `workers: int` of a stage that maps shards."""
+    return option(1, help="Processes on this machine.", identity=False, panel=panel, metavar="N")
+
+
+def cluster_option(panel: str | None = None) -> Any:
+    """The field `cluster: str | None` of a stage that maps shards."""
+    return option(
+        None,
+        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
+        identity=False,
+        panel=panel,
+        metavar="CLUSTER",
+    )
+
+
 def check_execution(workers: int, cluster: str | None) -> None:
     """Refuse a malformed `--workers` or `--cluster` before any work.
 
@@ -92,7 +109,7 @@ def map_shards(
     worker_env: Sequence[Mapping[str, str]] = (),
     on_advance: Callable[[int], None] = lambda rows: None,
     on_wait: Callable[[Sequence[int]], None] = lambda shards: None,
-) -> Iterator[ShardOutcome[Record]]:
+) -> Generator[ShardOutcome[Record], None, None]:
     """Run `job` on every shard and yield how each ended, as they end.
 
     In this process the shards run in order, and any exception ends the run; what was computed before is finished
@@ -238,7 +255,7 @@ def _client(workers: int, cluster: str | None, worker_env: Sequence[Mapping[str,
     if cluster.startswith(("tcp://", "tls://", "file:")):
         try:
             client = Client(_address(cluster), timeout="30s")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RefusedError(
                 f"no dask scheduler answers at {cluster}",
                 details=[(str(error).splitlines() or [""])[0][:200]],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError, near_match
+from ...pipeline.executor import ShardJob, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Progress, Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
@@ -114,10 +115,8 @@ class Augment(Stage):
         panel=_LEAKAGE,
     )
 
-    workers: int = option(1, help="Processes on this machine.", identity=False, panel=_EXECUTION)
-    cluster: str | None = option(
-        None, help="Where else to run: a dask scheduler or cluster.", identity=False, panel=_EXECUTION
-    )
+    workers: int = workers_option(_EXECUTION)
+    cluster: str | None = cluster_option(_EXECUTION)
     output_dir: str = option(help="Folder of the corpus.")
 
     # Configuration -----------------------------------------------------------------------------------------------
@@ -272,8 +271,6 @@ class Augment(Stage):
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the rows, of the texts to avoid and of the tagger; reads and checks all of them."""
-        from ...pipeline.executor import check_execution
-
         check_execution(self.workers, self.cluster)
         num_variants, tagger = self.resolved["num_variants"], self.tagger_identity
         found = {"dataset": self._labelled.fingerprint}
@@ -408,7 +405,6 @@ class Augment(Stage):
 
     def _do_chunks(self, plan: Plan, progress: Progress) -> None:
         """Tag, then make variants, of the chunks for which that is not done."""
-        from ...pipeline.executor import ShardJob, map_shards
         from .generate import TagJob, VariantJob
 
         jobs: list[tuple[str, str, ShardJob[Any, int]]] = [("making variants", "variants", VariantJob(plan))]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...pipeline.errors import KdError, UsageError, VerificationError
+from ...pipeline.errors import IncompleteError, KdError, UsageError, VerificationError
+from ...pipeline.executor import ShardOutcome, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ...pipeline.store import ArraySpec, Signal, TeacherStore, View
+    from ...pipeline.store import ArraySpec, Signal, StoreReader, TeacherStore, View
     from ...pipeline.store.sequential import SequentialTest
     from ...pipeline.store.store import ShardRows
+    from ..cache_teacher.capture import CaptureJob
     from ..cache_teacher.runner import Runner
     from ..cache_teacher.teacher import Teacher
 
@@ -41,7 +46,9 @@ class AuditStore(Stage):
     store: str = option(help="The store.", positional=True, metavar="STORE")
     teacher: str = option(help="The store's teacher.", metavar="PATH|ID")
     trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.")
-    device: str | None = option(None, help="Where the teacher runs; cuda where there is one.", metavar="DEVICE")
+    device: str | None = option(
+        None, help="Where the teacher runs; cuda where there is one.", identity=False, metavar="DEVICE"
+    )
     view: tuple[str, ...] = option(
         (), help="Views whose texts are tokenised again; those the store knows of.", metavar="VIEW"
     )
@@ -50,8 +57,11 @@ class AuditStore(Stage):
         0.05, help="The share of bad rows that must not be missed; 0.05 takes 59 rows.", metavar="SHARE"
     )
     seed: int = option(0, help="Which rows are drawn.", metavar="N")
+    workers: int = workers_option()
+    cluster: str | None = cluster_option()
 
     def __post_init__(self) -> None:
+        check_execution(self.workers, self.cluster)
         if self.max_rows < 1:
             raise UsageError(f"--max-rows {self.max_rows}: at least one row is needed")
         if not 0.0001 <= self.bad_share <= 0.5:
@@ -68,23 +78,16 @@ class AuditStore(Stage):
         require_teacher_of(store, teacher)
         texts = SequentialTest(self.bad_share)
         checked = _check_texts(store, teacher, self._views(store), texts, self.max_rows, self.seed)
-        rows = SequentialTest(self.bad_share)
+        audit = _Audit(store, SequentialTest(self.bad_share))
         try:
-            audit = _Audit(store, teacher, self.device, rows)
-            task = context.progress.task("auditing", total=min(self.max_rows, rows.rows_needed), unit="rows")
-            for chosen in _rounds(store, self.max_rows, self.seed):
-                audit.compare(chosen)
-                task.advance(len(chosen))
-                if rows.verdict is not None:
-                    break
-            task.done()
+            died = self._compare(store, teacher, audit, context)
         finally:
             forget_teachers()
             teacher.unload()
         summary = {
             "url": store.url,
             "ok": not audit.bad and not checked.bad,
-            "verdict": _verdict(rows, audit, texts, checked),
+            "verdict": _verdict(audit, checked),
             "rows": len(audit.seen),
             "rows_in_store": audit.num_rows,
             "bad_rows": audit.bad,
@@ -93,7 +96,43 @@ class AuditStore(Stage):
             "confidence": 0.95,
             "bad_share": self.bad_share,
         }
-        return StageResult(summary=summary, failure=_failure(store, summary))
+        failure = _failure(store, summary)
+        if failure is None and died:
+            failure = IncompleteError("some rows could not be compared", details=died)
+        return StageResult(summary=summary, failure=failure)
+
+    def _compare(self, store: TeacherStore, teacher: Teacher, audit: _Audit, context: StageContext) -> list[str]:
+        """Rounds of rows, until there are enough; why some could not be compared."""
+        from ..cache_teacher.capture import job_for, worker_environments
+
+        here = self.cluster == "none" or (self.workers == 1 and self.cluster is None)
+        rounds = tuple(_rounds(store, self.max_rows, self.seed))
+        capture = job_for(store, teacher, device=self.device)
+        if not here:
+            teacher.unload()  # workers load their own
+        task = context.progress.task("auditing", total=min(self.max_rows, audit.test.rows_needed), unit="rows")
+        died = []
+        with closing(
+            map_shards(
+                CompareRows(capture, tuple(audit.specs), rounds),
+                range(len(rounds)),
+                # Unique to this run: a shared scheduler answers a known key with the old task's result.
+                name=f"{store.digest()[:16]}-audit-{uuid.uuid4().hex[:8]}",
+                workers=self.workers,
+                cluster=self.cluster,
+                worker_env=() if here else worker_environments(capture.device),
+                on_advance=task.advance,
+            )
+        ) as outcomes:
+            for outcome in _in_order(outcomes):
+                if outcome.record is None:
+                    died.append(f"rows {', '.join(map(str, rounds[outcome.shard]))}: {outcome.failure}")
+                else:
+                    audit.add(rounds[outcome.shard], outcome.record)
+                if audit.test.verdict is not None:
+                    break
+        task.done()
+        return died
 
     def _views(self, store: TeacherStore) -> list[View]:
         """The views given, or those that the store knows of and that are there."""
@@ -137,13 +176,24 @@ class AuditStore(Stage):
         return "\n".join(lines)
 
 
-def _verdict(rows: SequentialTest, audit: _Audit, texts: SequentialTest, checked: _Checked) -> str:
+def _in_order(outcomes: Iterable[ShardOutcome[Any]]) -> Iterator[ShardOutcome[Any]]:
+    """By number, so that the verdict does not depend on who was faster."""
+    held: dict[int, ShardOutcome[Any]] = {}
+    following = 0
+    for outcome in outcomes:
+        held[outcome.shard] = outcome
+        while following in held:
+            yield held.pop(following)
+            following += 1
+
+
+def _verdict(audit: _Audit, checked: _Checked) -> str:
     if audit.bad or checked.bad:
         return f"{len(audit.bad)} rows are not what the teacher says" if audit.bad else "the tokenizer is another one"
     if len(audit.seen) == audit.num_rows:
         return "every row is what the teacher says"
-    if rows.verdict:
-        return f"at 95 % confidence, fewer than {rows.bad_share:.3g} of its rows are bad"
+    if audit.test.verdict:
+        return f"at 95 % confidence, fewer than {audit.test.bad_share:.3g} of its rows are bad"
     bound = 1 - 0.05 ** (1 / max(1, len(audit.seen)))
     return f"none of these is bad; fewer than {bound:.2g} of all are, at 95 % confidence"
 
@@ -167,7 +217,7 @@ def _failure(store: TeacherStore, summary: Mapping[str, Any]) -> KdError | None:
 # --- rows against the teacher ------------------------------------------------------------------------------------
 
 
-def _rounds(store: TeacherStore, max_rows: int, seed: int) -> Iterator[Array]:
+def _rounds(store: TeacherStore, max_rows: int, seed: int) -> Iterator[list[int]]:
     """Row numbers, drawn from all rows that have a signal without putting any back, a few at a time."""
     import numpy as np
 
@@ -187,7 +237,7 @@ def _rounds(store: TeacherStore, max_rows: int, seed: int) -> Iterator[Array]:
     numbers = np.array([record.shard for record in shards])[at] * width
     numbers += drawn - np.concatenate([[0], ends])[at]
     for start in range(0, len(numbers), ROUND):
-        yield numbers[start : start + ROUND]
+        yield numbers[start : start + ROUND].tolist()
 
 
 def _kinds() -> Sequence[str]:
@@ -196,36 +246,55 @@ def _kinds() -> Sequence[str]:
     return [*SIGNALS]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What was found about one signal of one row.
+
+    Attributes:
+        error, mean_error: stored against live, the largest and the mean difference.
+        noise, mean_noise: live against live in other company.
+        scale: the largest live number.
+        encoding_error: the largest that the encoding of the live numbers makes.
+        divergence: of logits, KL in nats from the live ones to those stored, and to those in other company.
+        same_label: of logits, whether both of them have the live ones' largest.
+    """
+
+    error: float
+    mean_error: float
+    noise: float
+    mean_noise: float
+    scale: float
+    encoding_error: float
+    divergence: tuple[float, float] | None = None
+    same_label: tuple[bool, bool] | None = None
+
+
 @dataclass
 class _Figures:
-    """What was found about one signal in one encoding, over the rows looked at."""
+    """Of one signal in one encoding, over the rows looked at."""
 
     encoding: str
-    errors: list[float] = field(default_factory=list)
-    noises: list[float] = field(default_factory=list)
-    mean_errors: list[float] = field(default_factory=list)
-    mean_noises: list[float] = field(default_factory=list)
-    scale: float = 0.0
-    encoding_error: float = 0.0
-    divergences: list[tuple[float, float]] = field(default_factory=list)
-    same: list[tuple[bool, bool]] = field(default_factory=list)
+    found: list[Difference] = field(default_factory=list)
+
+    def largest(self, name: str) -> float:
+        return max((getattr(found, name) for found in self.found), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
         said: dict[str, Any] = {
             "encoding": self.encoding,
-            "rows": len(self.errors),
-            "error_max": max(self.errors, default=0.0),
-            "error_mean": _mean(self.mean_errors),
-            "noise_max": max(self.noises, default=0.0),
-            "noise_mean": _mean(self.mean_noises),
-            "encoding_error": self.encoding_error,
-            "largest_number": self.scale,
+            "rows": len(self.found),
+            "error_max": self.largest("error"),
+            "error_mean": _mean([found.mean_error for found in self.found]),
+            "noise_max": self.largest("noise"),
+            "noise_mean": _mean([found.mean_noise for found in self.found]),
+            "encoding_error": self.largest("encoding_error"),
+            "largest_number": self.largest("scale"),
         }
-        if self.divergences:
-            said["kl"], said["noise_kl"] = (_mean([pair[which] for pair in self.divergences]) for which in (0, 1))
-            said["same_label"], said["noise_same_label"] = (
-                _mean([float(pair[which]) for pair in self.same]) for which in (0, 1)
-            )
+        divergences = [found.divergence for found in self.found if found.divergence is not None]
+        same = [found.same_label for found in self.found if found.same_label is not None]
+        if divergences:
+            said["kl"], said["noise_kl"] = map(_mean, zip(*divergences, strict=True))
+            said["same_label"], said["noise_same_label"] = map(_mean, zip(*same, strict=True))
         return said
 
 
@@ -234,17 +303,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class _Audit:
-    """Rows of a store, run again in the batches they were captured in, and in others.
+    """What was found about the rows looked at so far, and which of them are bad."""
 
-    In its own batch a row must come out as it is stored, but for its encoding and the machine. In other company its
-    last bits move; how far is the noise that the teacher itself makes, on the same rows.
-    """
-
-    def __init__(self, store: TeacherStore, teacher: Teacher, device: str | None, test: SequentialTest) -> None:
-        from ..cache_teacher.capture import job_for
-
-        self.store, self.reader, self.test = store, store.reader(), test
-        catalogue = self.reader.catalogue
+    def __init__(self, store: TeacherStore, test: SequentialTest) -> None:
+        catalogue = store.catalogue()
+        self.test = test
         self.num_rows = sum(record.rows for record in catalogue.allocations)
         self.specs: list[ArraySpec] = [
             spec for spec in catalogue.specs.values() if spec.signal.name in _kinds() and not spec.part
@@ -252,76 +315,126 @@ class _Audit:
         self.figures = {spec.label: _Figures(spec.encoding) for spec in self.specs}
         self.seen: list[int] = []
         self.bad: list[dict[str, Any]] = []
-        self._dtype = str(store.identity.capture["dtype"])
-        self._single_label = store.identity.capture.get("problem_type") == "single_label_classification"
-        job = job_for(store, teacher, device=device)
-        self._runner: Runner = job.runner({spec.signal: "float32" for spec in self.specs})
-        self._shards: OrderedDict[int, ShardRows] = OrderedDict()
+        self._rows_per_shard = store.layout.rows_per_shard
+        self._least_tolerance = LEAST_TOLERANCE[str(store.identity.capture["dtype"])]
 
-    def compare(self, chosen: Array) -> None:
-        """Look at a few rows."""
-        places = [divmod(int(row), self.store.layout.rows_per_shard) for row in chosen]
-        own, other = self._in_own_batches(places), self._in_another_batch(places)
-        measured = [
-            [self._measure(spec, int(row), own[at], other[at]) for at, row in enumerate(chosen)] for spec in self.specs
-        ]
-        for at, row in enumerate(chosen.tolist()):
-            wrong = []
-            for spec, found in zip(self.specs, measured, strict=True):
-                if (error := found[at]) is None:
-                    continue
-                tolerance = self._tolerance(spec)
+    def add(self, rows: Sequence[int], differences: Sequence[Mapping[str, Difference]]) -> None:
+        """A round of rows, each with what was found of its signals."""
+        for found in differences:
+            for label, difference in found.items():
+                self.figures[label].found.append(difference)
+        tolerances = {label: self._tolerance(figures) for label, figures in self.figures.items()}
+        for row, found in zip(rows, differences, strict=True):
+            shard, slot = divmod(row, self._rows_per_shard)
+            wrong = [
+                {
+                    "row": row, "shard": shard, "slot": slot, "signal": label, "error": difference.error,
+                    "tolerance": tolerances[label],
+                }
+                for label, difference in found.items()
                 # Written so that a NaN is bad.
-                if not error <= tolerance:
-                    shard, slot = places[at]
-                    wrong.append(
-                        {
-                            "row": row, "shard": shard, "slot": slot, "signal": spec.label, "error": error,
-                            "tolerance": tolerance,
-                        }
-                    )  # fmt: skip
+                if not difference.error <= tolerances[label]
+            ]  # fmt: skip
             self.bad += wrong
             self.seen.append(row)
             self.test.add(bool(wrong))
 
-    def _tolerance(self, spec: ArraySpec) -> float:
-        figures = self.figures[spec.label]
-        noise = max(figures.noises, default=0.0)
+    def _tolerance(self, figures: _Figures) -> float:
+        explained = max(NOISE_MARGIN * figures.largest("noise"), self._least_tolerance * figures.largest("scale"))
         # Twice: noise moves a number across a step of its encoding.
-        return max(NOISE_MARGIN * noise, LEAST_TOLERANCE[self._dtype] * figures.scale) + 2 * figures.encoding_error
+        return explained + 2 * figures.largest("encoding_error")
 
-    def _measure(
+
+@dataclass(frozen=True)
+class CompareRows:
+    """Runs rows of a store again, in the batches they were captured in and in others; a round of them is a job.
+
+    In its own batch a row must come out as it is stored, but for its encoding and the machine. In other company its
+    last bits move; how far is the noise that the teacher itself makes, on the same rows.
+
+    Attributes:
+        capture: the store and the teacher.
+        specs: what is compared.
+        rounds: row numbers.
+    """
+
+    capture: CaptureJob
+    specs: tuple[ArraySpec, ...]
+    rounds: tuple[Sequence[int], ...]
+
+    def compute(self, number: int, advance: Callable[[int], None]) -> list[dict[str, Difference]]:
+        """Of each row of a round, what was found of the signals that it has, by their labels."""
+        rows = self.rounds[number]
+        places = [divmod(row, self._store.layout.rows_per_shard) for row in rows]
+        own, other = self._in_own_batches(places), self._in_another_batch(places)
+        found = [
+            {
+                spec.label: self._difference(spec, row, own[at], other[at])
+                for spec in self.specs
+                if self._reader.has(spec.encoded, [row])[0]
+            }
+            for at, row in enumerate(rows)
+        ]
+        advance(len(rows))
+        return found
+
+    def finish(self, computed: list[dict[str, Difference]]) -> list[dict[str, Difference]]:
+        """Nothing is written."""
+        return computed
+
+    @property
+    def _store(self) -> TeacherStore:
+        return self.capture.store
+
+    @cached_property
+    def _reader(self) -> StoreReader:
+        return self._store.reader()
+
+    @cached_property
+    def _shards(self) -> OrderedDict[int, ShardRows]:
+        return OrderedDict()
+
+    @property
+    def _runner(self) -> Runner:
+        return self.capture.runner({spec.signal: "float32" for spec in self.specs})
+
+    def _difference(
         self, spec: ArraySpec, row: int, own: Mapping[Signal, Array], other: Mapping[Signal, Array]
-    ) -> float | None:
-        """The largest difference between stored and live; None where the signal is not stored for the row."""
+    ) -> Difference:
         import numpy as np
 
         from ...pipeline.store.codec import decode, encode
 
-        signal = spec.encoded
-        if not self.reader.has(signal, [row])[0]:
-            return None
-        if spec.axis == "token":
-            stored = self.reader.gather_tokens(signal, [row])[0][0].astype(np.float64)
-        elif spec.axis == "pair":
-            pairs = self.reader.gather_pairs(signal, [row])[0]
-            stored = pairs.reshape(-1, *pairs.shape[3:]).astype(np.float64)
-        else:
-            stored = self.reader.gather(signal, [row]).astype(np.float64)
+        stored = self._stored(spec, row).astype(np.float64)
         live, elsewhere = own[spec.signal], other[spec.signal]
         error, noise = np.abs(stored - live), np.abs(live - elsewhere)
-        figures = self.figures[spec.label]
-        figures.errors.append(float(error.max()))
-        figures.mean_errors.append(float(error.mean()))
-        figures.noises.append(float(noise.max()))
-        figures.mean_noises.append(float(noise.mean()))
-        figures.scale = max(figures.scale, float(np.abs(live).max()))
         kept = decode(spec.encoding, encode(spec.encoding, live)).astype(np.float64)
-        figures.encoding_error = max(figures.encoding_error, float(np.abs(kept - live).max()))
-        if spec.signal.name == "logits" and self._single_label and stored.shape[-1] > 1:
-            figures.divergences.append((_divergence(live[0], stored[0]), _divergence(live[0], elsewhere[0])))
-            figures.same.append((live[0].argmax() == stored[0].argmax(), live[0].argmax() == elsewhere[0].argmax()))
-        return figures.errors[-1]
+        divergence = same_label = None
+        problem_type = self._store.identity.capture.get("problem_type")
+        if spec.signal.name == "logits" and problem_type == "single_label_classification" and stored.shape[-1] > 1:
+            divergence = _divergence(live[0], stored[0]), _divergence(live[0], elsewhere[0])
+            label = live[0].argmax()
+            same_label = bool(label == stored[0].argmax()), bool(label == elsewhere[0].argmax())
+        return Difference(
+            error=float(error.max()),
+            mean_error=float(error.mean()),
+            noise=float(noise.max()),
+            mean_noise=float(noise.mean()),
+            scale=float(np.abs(live).max()),
+            encoding_error=float(np.abs(kept - live).max()),
+            divergence=divergence,
+            same_label=same_label,
+        )
+
+    def _stored(self, spec: ArraySpec, row: int) -> Array:
+        """[entries, ...] of one row, as a reader gives them."""
+        if spec.axis == "example":
+            return self._reader.gather(spec.encoded, [row])
+        if spec.axis == "token":
+            tokens, _ = self._reader.gather_tokens(spec.encoded, [row])
+            return tokens.reshape(-1, *tokens.shape[2:])
+        pairs, _ = self._reader.gather_pairs(spec.encoded, [row])
+        return pairs.reshape(-1, *pairs.shape[3:])
 
     # --- running the teacher -------------------------------------------------------------------------------------
 
@@ -334,7 +447,7 @@ class _Audit:
             if (shard, slot) in values:
                 continue
             rows = self._rows(shard)
-            batches = plan_batches(rows.token_ids.lengths, self.store.layout.batch_tokens)
+            batches = plan_batches(rows.token_ids.lengths, self._store.layout.batch_tokens)
             batch = next(slots for slots in batches if (slots == slot).any())
             wanted = [other for other in places if other[0] == shard and (batch == other[1]).any()]
             values |= self._run(rows, batch, wanted)
@@ -378,7 +491,7 @@ class _Audit:
         return dict(found)
 
     def _rows(self, shard: int) -> ShardRows:
-        rows = self._shards.pop(shard, None) or self.store.read_tokens(shard)
+        rows = self._shards.pop(shard, None) or self._store.read_tokens(shard)
         self._shards[shard] = rows
         while len(self._shards) > SHARDS_KEPT:
             self._shards.popitem(last=False)
@@ -461,7 +574,7 @@ def _check_round_trip(
     empty = tokenizer("")["input_ids"]
     bad, count = [], 0
     for chosen in _rounds(store, max_rows, seed):
-        for row in chosen.tolist():
+        for row in chosen:
             shard, slot = divmod(row, store.layout.rows_per_shard)
             ids = store.read_tokens(shard).token_ids[slot].tolist()
             if tokenizer.unk_token_id in ids or len(ids) >= longest:

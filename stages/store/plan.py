@@ -42,7 +42,7 @@ class PlanStore(Stage):
     )
     max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
     device: str | None = option(
-        None, help="Where the teacher runs; cuda where there is one.", panel=TEACHER, metavar="DEVICE"
+        None, help="Where the teacher runs; cuda where there is one.", identity=False, panel=TEACHER, metavar="DEVICE"
     )
 
     corpus: str | None = option(

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError, VerificationError
-from ...pipeline.executor import check_execution, map_shards
+from ...pipeline.executor import check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 from .verify import verify_with
 
@@ -39,7 +39,7 @@ class RepairStore(Stage):
     )
     trust_remote_code: bool = option(False, help="Run Python code that comes with the checkpoint.", panel=TEACHER)
     device: str | None = option(
-        None, help="Where the teacher runs; cuda where there is one.", panel=TEACHER, metavar="DEVICE"
+        None, help="Where the teacher runs; cuda where there is one.", identity=False, panel=TEACHER, metavar="DEVICE"
     )
     accept_recomputed: bool = option(
         False,
@@ -54,13 +54,8 @@ class RepairStore(Stage):
     text_column: str | None = option(None, help="Column of the text.", panel=TEXTS, metavar="COLUMN")
     text_pair_column: str | None = option(None, help="Column of the second text.", panel=TEXTS, metavar="COLUMN")
 
-    workers: int = option(1, help="Processes on this machine.", panel=RUNNING, metavar="N")
-    cluster: str | None = option(
-        None,
-        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
-        panel=RUNNING,
-        metavar="CLUSTER",
-    )
+    workers: int = workers_option(RUNNING)
+    cluster: str | None = cluster_option(RUNNING)
     dry_run: bool = option(False, help="Say what is damaged and what would be run, and write nothing.", panel=RUNNING)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...pipeline.errors import IncompleteError, KdError, VerificationError
-from ...pipeline.executor import check_execution, map_shards
+from ...pipeline.executor import check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.progress import size
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 
@@ -64,13 +64,8 @@ class VerifyStore(Stage):
     on_interrupt: ClassVar[str] = "nothing was changed; the same command starts again"
 
     store: str = option(help="The store.", positional=True, metavar="STORE")
-    workers: int = option(1, help="Processes on this machine.", identity=False, metavar="N")
-    cluster: str | None = option(
-        None,
-        help="A dask cluster: local, tcp://HOST:PORT, file:SCHEDULER.json or MODULE:FUNCTION.",
-        identity=False,
-        metavar="CLUSTER",
-    )
+    workers: int = workers_option()
+    cluster: str | None = cluster_option()
 
     def __post_init__(self) -> None:
         check_execution(self.workers, self.cluster)

@@ -211,7 +211,9 @@ def test_the_order_in_which_chunks_are_done_changes_nothing(
     small_chunks(monkeypatch)
     in_order = run(dataset, tmp_path / "in_order")
     map_shards = executor.map_shards
-    monkeypatch.setattr(executor, "map_shards", lambda job, shards, **kw: map_shards(job, shards[::-1], **kw))
+    monkeypatch.setattr(
+        "kd.stages.augment.augment.map_shards", lambda job, shards, **kw: map_shards(job, shards[::-1], **kw)
+    )
     assert run(dataset, tmp_path / "backwards").table == in_order.table
 
 
@@ -279,7 +281,7 @@ def test_a_failing_chunk_is_reported_and_the_others_are_kept(
                 yield executor.ShardOutcome(shard, job.finish(job.compute(shard, lambda rows: None)))
 
     with monkeypatch.context() as patched, pytest.raises(IncompleteError, match="1 of 6 chunks failed\n  chunk 1: its"):
-        patched.setattr(executor, "map_shards", one_fails)
+        patched.setattr("kd.stages.augment.augment.map_shards", one_fails)
         run(dataset, tmp_path / "corpus")
     assert not (tmp_path / "corpus" / "manifest.json").exists()
     assert run(dataset, tmp_path / "corpus").table == run(dataset, tmp_path / "other").table

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from transformers import PreTrainedTokenizer
 
 from kd.pipeline.stage import NullProgress, Outcome, StageContext, execute
 from kd.stages.cache_teacher import CacheTeacher
@@ -75,17 +75,9 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KD_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -130,3 +122,33 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     from kd.stages.cache_teacher import teacher
 
     monkeypatch.setattr(teacher, "_load", lambda *args: pytest.fail("the weights were loaded"))
+
+
+@pytest.fixture(scope="session")
+def letters() -> type[PreTrainedTokenizer]:
+    """A tokenizer written in Python, of single letters: all that can be seen of it is what it does."""
+
+    class Letters(PreTrainedTokenizer):  # type: ignore[misc]
+        model_input_names = ("input_ids",)  # type: ignore[assignment]
+        between = 1
+
+        @property
+        def vocab_size(self) -> int:
+            return 300
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(i): i for i in range(300)}
+
+        def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return min(ord(token), 299)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return chr(index)
+
+        def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+            return first if second is None else [*first, *[0] * self.between, *second]
+
+    return Letters

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.pipeline.errors import KdError, RefusedError, VerificationError
 from kd.pipeline.fingerprint import fingerprint
@@ -554,42 +554,15 @@ def test_scores_of_a_unigram_model_are_behaviour() -> None:
     assert tokenizer_identity(unigram(-1.5)) != tokenizer_identity(unigram(-3.0))
 
 
-class Letters(PreTrainedTokenizer):  # type: ignore[misc]
-    """Written in Python: all that can be seen of it is what it does."""
+def test_tokenizers_written_in_python_are_told_apart_by_what_they_do(letters: type[Any]) -> None:
+    class OneBetween(letters):
+        between = 2
 
-    between = 1
+    class Capitals(letters):
+        def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+            return list(text.upper())
 
-    @property
-    def vocab_size(self) -> int:
-        return 300
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(i): i for i in range(300)}
-
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return list(text)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return min(ord(token), 299)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index)
-
-    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
-        return first if second is None else [*first, *[0] * self.between, *second]
-
-
-class OneBetween(Letters):
-    between = 2
-
-
-class Capitals(Letters):
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return list(text.upper())
-
-
-def test_tokenizers_written_in_python_are_told_apart_by_what_they_do() -> None:
-    plain = tokenizer_identity(Letters())
-    assert tokenizer_identity(Letters()) == plain
+    plain = tokenizer_identity(letters())
+    assert tokenizer_identity(letters()) == plain
     for other_kind in (OneBetween, Capitals):
         assert tokenizer_identity(other_kind())["probes"] != plain["probes"]

@@ -52,29 +52,8 @@ def test_only_rows_that_lost_something_count_as_cut(tokenizer: Any) -> None:
     assert encode_rows(tokenizer, texts, None, 8).truncated.tolist() == [False, False, False]
 
 
-def test_cut_rows_are_counted_for_tokenizers_written_in_python() -> None:
-    from transformers import PreTrainedTokenizer
-
-    class Letters(PreTrainedTokenizer):  # type: ignore[misc]
-        model_input_names = ("input_ids",)  # type: ignore[assignment]
-
-        @property
-        def vocab_size(self) -> int:
-            return 300
-
-        def get_vocab(self) -> dict[str, int]:
-            return {chr(i): i for i in range(300)}
-
-        def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-            return list(text)
-
-        def _convert_token_to_id(self, token: str) -> int:
-            return ord(token)
-
-        def _convert_id_to_token(self, index: int) -> str:
-            return chr(index)
-
-    encoded = encode_rows(Letters(), ["abc", "abcd", "abcde"], None, 4)
+def test_cut_rows_are_counted_for_tokenizers_written_in_python(letters: type[Any]) -> None:
+    encoded = encode_rows(letters(), ["abc", "abcd", "abcde"], None, 4)
     assert encoded.token_ids.lengths.tolist() == [3, 4, 4]
     assert encoded.truncated.tolist() == [False, False, True]
     assert not encoded.segment_ids.values.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kd.pipeline.errors import RefusedError, UsageError, VerificationError
+from kd.pipeline.executor import ShardOutcome
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.stage import Outcome, StageContext, execute
 from kd.pipeline.store import verify_store
@@ -21,17 +22,11 @@ from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.cache_teacher.capture import CaptureJob
 from kd.stages.store.audit import AuditStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIGNALS = "logits,hidden.cls@1,hidden.tok@2"
 ROWS = 32
 """In each shard."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -112,6 +107,37 @@ def test_every_encoding_passes_with_its_own_error(
     summary = audit(make_store(40, signal), tiny_teacher, max_rows=8).summary
     (figures,) = summary["signals"].values()
     assert summary["ok"] and figures["error_max"] <= figures["encoding_error"] * (1 + 1e-6) + 1e-12
+
+
+def test_rounds_that_end_in_another_order_elsewhere_say_the_same(
+    make_store: Callable[..., Path], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(40, "logits,attention.score@1")
+    here = audit(store, tiny_teacher).summary
+
+    def mapped(job: Any, rounds: Any, **how: Any) -> Iterator[ShardOutcome[Any]]:
+        assert how["workers"] == 2
+        there = pickle.loads(pickle.dumps(job))
+        for number in reversed(rounds):
+            yield ShardOutcome(number, there.finish(there.compute(number, lambda rows: None)))
+
+    monkeypatch.setattr("kd.stages.store.audit.map_shards", mapped)
+    assert audit(store, tiny_teacher, workers=2).summary == here
+    assert [*here["signals"]] == ["attention.score@1", "logits"] and here["rows"] == 40
+
+
+def test_rows_whose_worker_died_are_named_and_not_vouched_for(
+    make_store: Callable[..., Path], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped(job: Any, rounds: Any, **how: Any) -> Iterator[ShardOutcome[Any]]:
+        yield ShardOutcome(0, None, "its worker process died 3 times")
+        yield ShardOutcome(1, job.compute(1, lambda rows: None))
+
+    monkeypatch.setattr("kd.stages.store.audit.map_shards", mapped)
+    outcome = audit(make_store(16, "logits"), tiny_teacher)
+    assert outcome.failure is not None and outcome.failure.exit_code == 5
+    assert "worker process died" in outcome.failure.details[0] and outcome.summary["rows"] == 8
+    assert outcome.summary["verdict"].startswith("none of these is bad")
 
 
 def test_a_store_that_is_smaller_than_the_sample_is_looked_at_whole(

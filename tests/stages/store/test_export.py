@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 
 from kd.pipeline.errors import RefusedError, UsageError
@@ -22,17 +21,11 @@ from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.store import export_tables
 from kd.stages.store.export import ExportStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("negative", "neutral", "positive")
 SIGNALS = "logits,hidden.cls@1,hidden.tok@2:int8,hidden.tok@1:float16,hidden.tok@1:float32"
 COUNT = 50
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kd.pipeline.errors import RefusedError, UsageError
 from kd.pipeline.stage import StageContext, execute
@@ -18,13 +17,9 @@ from kd.stages.store.plan import PlanStore
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def surroundings(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KD_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -19,17 +19,11 @@ from kd.pipeline.store import open_store, verify_store
 from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.store.repair import RepairStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIGNALS = "logits,hidden.cls@1,hidden.tok@2"
 ROWS = 16
 """In each shard of the store."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
