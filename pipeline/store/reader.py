@@ -404,21 +404,9 @@ class StoreReader:
         Raises:
             RefusedError: as `gather`.
         """
-        stored = self._open(signal, "token")
-        rows_B = _row_numbers(rows)
-        shards, starts, lengths = self.index.locate(rows_B)
-        self._require(stored, signal, shards)
-        if max_tokens is not None:
-            lengths = np.minimum(lengths, max_tokens)
-        width = int(lengths.max()) if len(lengths) else 0
-        values = _memory(out, (len(rows_B), width, *stored.spec.shape), stored.dtype)
-        stored.fill(
-            values,
-            shards,
-            lambda array, mine, out: array.take_tokens(shards[mine], starts[mine], lengths[mine], out),
-        )
+        values, lengths = self._gather_ragged("token", signal, rows, max_tokens=max_tokens, out=out)
         if pad_value:
-            values[np.arange(width) >= lengths[:, None]] = pad_value
+            values[np.arange(values.shape[1]) >= lengths[:, None]] = pad_value
         return values, lengths
 
     def gather_pairs(
@@ -436,17 +424,31 @@ class StoreReader:
         Raises:
             RefusedError: as `gather`.
         """
-        stored = self._open(signal, "pair")
+        return self._gather_ragged("pair", signal, rows, out=out)
+
+    def _gather_ragged(
+        self,
+        axis: str,
+        signal: Signal | str,
+        rows: npt.ArrayLike,
+        *,
+        max_tokens: int | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, IntArray]:
+        stored = self._open(signal, axis)
         rows_B = _row_numbers(rows)
-        shards, _, lengths = self.index.locate(rows_B)
+        shards, starts, lengths = self.index.locate(rows_B)
         self._require(stored, signal, shards)
-        starts = self.index.pair_starts(rows_B)
+        if max_tokens is not None:
+            lengths = np.minimum(lengths, max_tokens)
         width = int(lengths.max()) if len(lengths) else 0
-        values = _memory(out, (len(rows_B), width, width, *stored.spec.shape), stored.dtype)
+        sides, take = [width], _Array.take_tokens
+        if axis == "pair":
+            sides, take = [width, width], _Array.take_pairs
+            starts = self.index.pair_starts(rows_B)
+        values = _memory(out, (len(rows_B), *sides, *stored.spec.shape), stored.dtype)
         stored.fill(
-            values,
-            shards,
-            lambda array, mine, out: array.take_pairs(shards[mine], starts[mine], lengths[mine], out),
+            values, shards, lambda array, mine, out: take(array, shards[mine], starts[mine], lengths[mine], out)
         )
         return values, lengths
 

@@ -70,21 +70,16 @@ class StoreRows:
         """[B, ...] a signal with one entry per row."""
         return _merged([(reader.gather(signal, rows), places) for reader, rows, places in self.parts(index_B)])
 
-    def gather_tokens(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T, ...] a signal with one entry per token, zeros after a row's end, and lengths int64 [B]."""
-        found = [(*reader.gather_tokens(signal, rows), places) for reader, rows, places in self.parts(index_B)]
+    def gather_padded(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[B, T, ...] a signal of tokens or [B, T, T, ...] of pairs, zeros beyond a row's, and lengths int64 [B]."""
+        of_tokens = signal.kind.axis == "token"
+        found = [
+            (*(reader.gather_tokens if of_tokens else reader.gather_pairs)(signal, rows), places)
+            for reader, rows, places in self.parts(index_B)
+        ]
         lengths = _merged([(lengths, places) for _, lengths, places in found])
-        width = int(lengths.max(initial=0))
-        padded = [(_widened(values, width), places) for values, _, places in found]
-        return _merged(padded), lengths
-
-    def gather_pairs(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T, T, ...] a signal with one entry per pair of tokens, zeros beyond a row's, and lengths int64 [B]."""
-        found = [(*reader.gather_pairs(signal, rows), places) for reader, rows, places in self.parts(index_B)]
-        lengths = _merged([(lengths, places) for _, lengths, places in found])
-        width = int(lengths.max(initial=0))
-        padded = [(_widened(values, width, axes=(1, 2)), places) for values, _, places in found]
-        return _merged(padded), lengths
+        width, axes = int(lengths.max(initial=0)), (1,) if of_tokens else (1, 2)
+        return _merged([(_widened(values, width, axes), places) for values, _, places in found]), lengths
 
     def tensors(
         self, signals: Sequence[Signal], index_B: np.ndarray, *, to_derive: bool = False
@@ -99,8 +94,7 @@ class StoreRows:
             if signal.kind.axis == "example":
                 found[str(signal)] = torch.from_numpy(self.gather(signal, index_B))
                 continue
-            gather = self.gather_tokens if signal.kind.axis == "token" else self.gather_pairs
-            values, lengths = gather(signal, index_B)
+            values, lengths = self.gather_padded(signal, index_B)
             tensor = torch.from_numpy(values)
             found[str(signal)] = tensor if signal.kind.axis == "token" else tensor.permute(0, 3, 1, 2)
             if to_derive:
@@ -119,7 +113,7 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return merged
 
 
-def _widened(values: np.ndarray, width: int, *, axes: tuple[int, ...] = (1,)) -> np.ndarray:
+def _widened(values: np.ndarray, width: int, axes: tuple[int, ...]) -> np.ndarray:
     """`values` with zeros after their end, `width` long along the axes of tokens."""
     if all(values.shape[axis] == width for axis in axes):
         return values
@@ -147,8 +141,8 @@ class StoredTokens:
         object.__setattr__(self, "lengths", lengths)
 
     def gather(self, index_B: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        ids, lengths = self.stored.gather_tokens(TOKEN_IDS, index_B)
-        return ids, lengths, self.stored.gather_tokens(SEGMENT_IDS, index_B)[0] if segments else None
+        ids, lengths = self.stored.gather_padded(TOKEN_IDS, index_B)
+        return ids, lengths, self.stored.gather_padded(SEGMENT_IDS, index_B)[0] if segments else None
 
 
 @dataclass(frozen=True)

@@ -154,16 +154,16 @@ def test_a_row_that_meets_another_rows_values_is_noticed(
     from kd.pipeline.store.signal import TOKEN_IDS
     from kd.stages.train_student.rows import Rows
 
-    gather, gather_tokens, batch = StoreRows.gather, StoreRows.gather_tokens, Rows.batch
+    gather, gather_padded, batch = StoreRows.gather, StoreRows.gather_padded, Rows.batch
     if mutation == "rows":
         monkeypatch.setattr(StoreRows, "gather", lambda self, signal, index: gather(self, signal, (index + 1) % 200))
     elif mutation == "tokens":
 
         def shifted(self: StoreRows, signal: Any, index: np.ndarray) -> Any:
-            values, lengths = gather_tokens(self, signal, index)
+            values, lengths = gather_padded(self, signal, index)
             return (values if signal in (TOKEN_IDS,) else np.roll(values, 1, axis=0)), lengths
 
-        monkeypatch.setattr(StoreRows, "gather_tokens", shifted)
+        monkeypatch.setattr(StoreRows, "gather_padded", shifted)
     elif mutation == "store":
         there = open_view(overlapping[1].path)
         own = open_view(overlapping[0].path)

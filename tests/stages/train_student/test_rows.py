@@ -89,7 +89,7 @@ def test_scores_of_several_stores_are_padded_to_the_longest_row_and_stand_head_b
 
     both = StoreRows([Scores(2), Scores(3)], [np.array([5, 6]), np.array([7])])  # type: ignore[list-item]
     signal = Signal("attention.score", 1)
-    pairs, lengths = both.gather_pairs(signal, np.array([2, 0]))
+    pairs, lengths = both.gather_padded(signal, np.array([2, 0]))
     assert pairs.shape == (2, 3, 3, 2) and lengths.tolist() == [3, 2]
     assert pairs[0].ravel().tolist() == [*range(700, 718)]
     assert pairs[1, :2, :2].ravel().tolist() == [*range(500, 508)]
