@@ -6,12 +6,16 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import UsageError
+
+MAX_VALUES = 100_000
+"""Most values in a file, those that an alias repeats counted again: ten lines of aliases can stand for billions."""
 
 
 class Settings(dict[Any, Any]):
@@ -75,8 +79,18 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-# YAML 1.1 reads 0777 as octal; 1.2 as a decimal number.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # YAML 1.1 reads 0777 as octal; 1.2 as a decimal number.
+    try:
+        return int(node.value)
+    except ValueError:  # Python reads so many digits and no more
+        line = node.start_mark.line + 1
+        raise UsageError(f"{loader.name}:{line}: a whole number of {len(node.value)} digits") from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor(
     "tag:yaml.org,2002:float",
     lambda loader, node: float(re.sub(r"\.(inf|nan)$", r"\1", node.value.lower())),
@@ -87,7 +101,22 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     """The mapping in a YAML or JSON file.
 
     Raises:
-        UsageError: no such file, not UTF-8, malformed (with line and column), or not a mapping.
+        UsageError: as `read_yaml`, or not a mapping.
+    """
+    settings = read_yaml(path)
+    if settings is None:
+        settings = Settings()
+        settings.file = str(path)
+    if not isinstance(settings, Settings):
+        raise UsageError(f"{path} holds {type(settings).__name__}, not `key: value` lines")
+    return settings
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The value in a YAML or JSON file; mappings come as `Settings`, and an empty file as None.
+
+    Raises:
+        UsageError: no such file, not UTF-8, or malformed (with line and column).
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -97,13 +126,7 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 (byte {error.start})") from None
-    settings = parse_yaml(text, str(path))
-    if settings is None:
-        settings = Settings()
-        settings.file = str(path)
-    if not isinstance(settings, Settings):
-        raise UsageError(f"{path} holds {type(settings).__name__}, not `key: value` lines")
-    return settings
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -114,13 +137,27 @@ def parse_yaml(text: str, name: str) -> Any:
         name: what messages call it.
 
     Raises:
-        UsageError: malformed, with line and column.
+        UsageError: malformed, with line and column; nested too deeply, or larger than `MAX_VALUES`.
     """
     # YAML forbids tabs as white space, JSON is full of them: outside of strings they mean the same as spaces.
-    loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
+    text = text.replace("\t", " ") if text.lstrip().startswith("{") else text
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UsageError(f"{name}:{line}: the character U+{error.character:04X} cannot stand in YAML") from None
     loader.name = name
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (count := _num_values(node, {}, name)) > MAX_VALUES:
+            raise UsageError(
+                f"{name} stands for {count} values, its aliases written out; at most {MAX_VALUES} are read"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UsageError(f"{name}: values are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -129,6 +166,26 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UsageError(f"{name}: {error}") from None
     finally:
         loader.dispose()
+
+
+def _num_values(node: yaml.Node, counted: dict[int, int], name: str) -> int:
+    """How many values a node stands for; UsageError when it stands within itself."""
+    if id(node) not in counted:
+        counted[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        counted[id(node)] = 1 + sum(_num_values(part, counted, name) for part in inner)
+    elif not counted[id(node)]:
+        raise UsageError(f"{name}:{node.start_mark.line + 1}: a value stands within itself")
+    return counted[id(node)]
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value of a file is a number above 0, and below infinity as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def to_yaml(settings: dict[str, Any]) -> str:

@@ -22,7 +22,9 @@ list.
 from __future__ import annotations
 
 import graphlib
+import heapq
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,9 @@ _ATTRIBUTES = ("output_dir", "fingerprint", "short_fingerprint")
 _REFERENCE = re.compile(r"\$(\$\{)|\$\{([^{}]*)\}")
 # What is known only when another step is done stays in the values as this, to be filled in then.
 _LATER = re.compile(r"\x00(short_)?fingerprint:([^\x00]+)\x00")
+
+MAX_INSTANCES = 1000
+"""Of one step: every one is a process, and a longer list is a slip in the matrix."""
 
 Stages = Mapping[str, type[Stage]]
 
@@ -182,9 +187,11 @@ class _Reader:
             self.problems.append(f"{settings.place('name')}: name {name!r} is not letters, digits, '.', '_' and '-'")
         self.scope = {"vars": self.variables, "workflow": {"dir": _folder_of(self.file), "name": name}}
         self.read_variables(given)
-        self.output_dir = output_dir or str(
-            self.substituted(settings.get("output_dir") or f"runs/{name}", self.scope, settings.place("output_dir"))
-        )
+        place = settings.place("output_dir")
+        given_dir = self.substituted(settings.get("output_dir") or f"runs/{name}", self.scope, place)
+        if not isinstance(given_dir, str):
+            self.problems.append(f"{place}: output_dir is not a folder: {given_dir!r}")
+        self.output_dir = output_dir or str(given_dir)
         self.scope["workflow"]["output_dir"] = self.output_dir
         axes = self.read_axes(settings.get("matrix"), settings.place("matrix"))
         steps = settings.get("steps")
@@ -193,6 +200,15 @@ class _Reader:
             return None
         for raw in steps:
             self.declare(raw, axes)
+        if self.problems:
+            return None
+        for declared in self.declared.values():
+            count = math.prod(map(len, declared.axes.values()))
+            if count > MAX_INSTANCES:
+                sizes = " x ".join(f"{len(values)} {axis}" for axis, values in declared.axes.items())
+                self.problems.append(
+                    f"{declared.place}: step {declared.id!r} would run {count} times ({sizes}); at most {MAX_INSTANCES}"
+                )
         if self.problems:
             return None
         for declared in self.declared.values():
@@ -217,6 +233,9 @@ class _Reader:
         if not isinstance(raw, Settings):
             self.problems.append(f"{place}: `variables` is not `name: value` lines")
             return
+        for name in raw:
+            if not isinstance(name, str):
+                self.problems.append(f"{raw.place(name)}: the name of a variable is {name!r}, which is no word")
         unknown = [name for name in given if name not in raw]
         for name in unknown:
             self.problems.append(f"--set {name}: {self.file} has no variable {name!r}{near_match(name, map(str, raw))}")
@@ -265,7 +284,7 @@ class _Reader:
             self.problems.append(f"{place}: two steps are called {id!r}; give one another `id`")
         if command is None:
             self.problems.append(f"{place}: step {id!r} has no `stage`")
-        elif command not in self.stages:
+        elif not isinstance(command, str) or command not in self.stages:
             self.problems.append(
                 f"{raw.place('stage')}: unknown stage {command!r}{near_match(str(command), self.stages)}"
             )
@@ -273,14 +292,11 @@ class _Reader:
         if not isinstance(options, Settings):
             self.problems.append(f"{raw.place('with')}: `with` is not `option: value` lines")
             options = Settings()
-        needs = raw.get("needs") or []
-        needs = [needs] if isinstance(needs, str) else needs
-        own = raw.get("matrix")
+        needs = self.names(raw, "needs")
+        own, listed = raw.get("matrix"), []
         if isinstance(own, list | str):
             # A list names axes of the workflow, to be expanded over without a reference to them.
-            listed, own = [own] if isinstance(own, str) else own, None
-        else:
-            listed = []
+            listed, own = self.names(raw, "matrix"), None
         own_axes = self.read_axes(own, raw.place("matrix"))
         named = [*listed, *(_second(ref) for ref in _references(options) if ref.startswith("matrix."))]
         for axis in named:
@@ -297,8 +313,17 @@ class _Reader:
         assert isinstance(command, str)
         axes = {**{axis: values for axis, values in shared.items() if axis in named}, **own_axes}
         self.declared[id] = _Declared(
-            id, place, self.stages[command], options, tuple(map(str, needs)), axes, (*listed, *own_axes)
+            id, place, self.stages[command], options, tuple(needs), axes, (*listed, *own_axes)
         )
+
+    def names(self, raw: Settings, key: str) -> list[str]:
+        """A name or a list of names."""
+        given = raw.get(key) or []
+        names = [given] if isinstance(given, str) else given
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+        self.problems.append(f"{raw.place(key)}: `{key}` is not a list of names")
+        return []
 
     def expand(self, declared: _Declared, point: Mapping[str, Any]) -> Step:
         """One instance of a step, its values checked as far as they can be known."""
@@ -321,7 +346,7 @@ class _Reader:
                     f"{where} takes one value and {value} stands for {len(values[key])}: expand this step too "
                     f"(matrix: [{', '.join(self.spread(value, point))}])"
                 )
-                values[key] = values[key][0]
+                values[key] = next(iter(values[key]), "")
         for axis in declared.own_axes:
             # An axis called like an option sets it.
             if axis in fields and not {axis, axis.replace("_", "-")} & values.keys():
@@ -400,22 +425,23 @@ class _Reader:
         return [axis for axis in dict.fromkeys(axes) if axis not in point]
 
     def check_places(self, steps: Iterable[Step]) -> None:
-        places: dict[str, str] = {}
+        places: dict[Path, str] = {}
         for step in steps:
             if step.output_dir is None:
                 continue
-            place = str(Path(step.output_dir))
-            for other, owner in places.items():
-                if place == other:
-                    self.problems.append(f"{self.file}: steps {owner!r} and {step.id!r} both write to {place}")
-                elif Path(place).is_relative_to(other) or Path(other).is_relative_to(place):
-                    self.problems.append(
-                        f"{self.file}: steps {owner!r} and {step.id!r} write into each other: {other}, {place}"
-                    )
+            place = Path(step.output_dir)
+            if place in places:
+                self.problems.append(f"{self.file}: steps {places[place]!r} and {step.id!r} both write to {place}")
             places[place] = step.id
+        for place, id in places.items():
+            for above in place.parents:
+                if above in places:
+                    self.problems.append(
+                        f"{self.file}: steps {places[above]!r} and {id!r} write into each other: {above}, {place}"
+                    )
 
     def ordered(self, steps: Sequence[Step]) -> list[Step]:
-        by_id = {step.id: step for step in steps}
+        positions = {step.id: number for number, step in enumerate(steps)}
         sorter = graphlib.TopologicalSorter({step.id: step.needs for step in steps})
         try:
             sorter.prepare()
@@ -423,14 +449,14 @@ class _Reader:
             self.problems.append(f"{self.file}: steps wait for each other in a circle: {' → '.join(error.args[1])}")
             return []
         ordered: list[Step] = []
-        ready: set[str] = set()
+        ready: list[int] = []
         while sorter.is_active():
-            ready |= {*sorter.get_ready()}
+            for id in sorter.get_ready():
+                heapq.heappush(ready, positions[id])
             # Of those that may run, the one that stands first in the file: the order people expect.
-            first = next(step.id for step in steps if step.id in ready)
-            ordered.append(by_id[first])
-            ready.remove(first)
-            sorter.done(first)
+            first = steps[heapq.heappop(ready)]
+            ordered.append(first)
+            sorter.done(first.id)
         return ordered
 
     def substituted(self, value: Any, scope: Mapping[str, Any], where: str) -> Any:

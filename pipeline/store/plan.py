@@ -256,7 +256,7 @@ def parse_bytes(text: str | int) -> int:
     >>> parse_bytes("1.5KB"), parse_bytes(12)
     (1500, 12)
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.lower(): size for name, size in _UNITS} | {"": 1}
     if match is None or match[2].lower() not in units:
         raise UsageError(f"cannot read {text!r} as a size", fix="write it like 10GB, 500MB or 1.5GiB")

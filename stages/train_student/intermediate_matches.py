@@ -10,11 +10,13 @@ widths.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...pipeline.errors import UsageError, near_match
+from ...pipeline.settings import is_positive, read_yaml
+from .registry import spelled
 
 SUFFIXES = (".yaml", ".yml", ".json")
 KEYS = ("layer_T", "layer_S", "feature", "loss", "weight", "proj")
@@ -80,15 +82,7 @@ def expand_matches(methods: Sequence[str]) -> list[str]:
 
 
 def _read(path: str) -> list[str]:
-    import yaml
-
-    file = Path(path).expanduser()
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--method {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"--method {path} is not YAML: {error}") from None
+    content = read_yaml(os.path.expanduser(path))
     if isinstance(content, dict) and [*content] == ["intermediate_matches"]:
         content = content["intermediate_matches"]
     if not isinstance(content, list) or not content:
@@ -117,10 +111,10 @@ def _method(where: str, match: Any) -> str:
     _check_projection(where, match.get("proj"))
     options, layer_map = LOSSES[feature, loss](where, match)
     weight = match.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+    if not is_positive(weight):
         raise UsageError(f"{where}: weight is {weight!r}; expected a number above 0")
     name, _, rest = options.partition(":")
-    return ":".join(filter(None, [name, f"{float(weight):g}", rest, f"layer_map={layer_map}"]))
+    return ":".join(filter(None, [name, spelled(float(weight)), rest, f"layer_map={layer_map}"]))
 
 
 def _check_projection(where: str, projection: Any) -> None:

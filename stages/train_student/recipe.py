@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipeline.config import parse_values
 from ...pipeline.errors import KdError, UsageError, near_match
-from ...pipeline.settings import Settings, read_settings
+from ...pipeline.settings import Settings, is_positive, read_settings
 from ...pipeline.store.signal import Signal
 from ..training_options import TrainingOptions
 from .methods import Method, Shapes, Term, parse_methods
@@ -184,8 +184,11 @@ def read_recipe(file: str, stage: TrainStudent, shapes: Shapes) -> tuple[Phase, 
         if not isinstance(entry, Settings):
             raise UsageError(f"{settings.place('phases')}: phase {number} is not `key: value` lines")
         _check_keys(entry, KEYS, "phase")
-        for filled in _expanded(entry, shapes):
-            phases.append(_phase(filled, number, stage, shapes))
+        filled = _expanded(entry, shapes)
+        for copy in filled:
+            phase = _phase(copy, number, stage, shapes)
+            share = None if phase.share is None else phase.share / len(filled)
+            phases.append(dataclasses.replace(phase, share=share))
     names = [phase.name for phase in phases]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -219,8 +222,6 @@ def _expanded(entry: Settings, shapes: Shapes) -> list[Settings]:
         of_layer = {**values, "layer": str(layer), "pair": pair, "pairs": "+".join(pairs[:layer])}
         copy = _filled(entry, of_layer, entry.place())
         copy["name"] = _filled(name, of_layer, entry.place("name"))
-        if isinstance(entry.get("share"), int | float):
-            copy["share"] = entry["share"] / len(pairs)
         copies.append(copy)
     return copies
 
@@ -257,7 +258,7 @@ def _phase(entry: Settings, number: int, stage: TrainStudent, shapes: Shapes) ->
 
     if "method" not in entry:
         raise UsageError(f"{entry.place(next(iter(entry), None))}: phase {name!r} has no `method`", fix="kd methods")
-    terms: tuple[Term, ...] = checked("method", parse_methods)
+    terms: tuple[Term, ...] = checked("method", lambda given: parse_methods(_texts(given)))
     checked("method", lambda _: [term.method.signals(shapes) for term in terms])
     options = parse_values(
         TrainingOptions,
@@ -269,7 +270,7 @@ def _phase(entry: Settings, number: int, stage: TrainStudent, shapes: Shapes) ->
         terms=terms,
         share=checked("share", _positive) if "share" in entry else None,
         options=options,
-        trainable=checked("trainable", lambda texts: parse_parts(texts, num_layers=shapes.student_layers))
+        trainable=checked("trainable", lambda given: parse_parts(_texts(given), num_layers=shapes.student_layers))
         if "trainable" in entry
         else None,
         unfreeze_every=checked("unfreeze_every", _positive) if "unfreeze_every" in entry else None,
@@ -284,10 +285,17 @@ def _phase(entry: Settings, number: int, stage: TrainStudent, shapes: Shapes) ->
     return phase
 
 
+def _texts(value: Any) -> str | list[str]:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        return value
+    raise UsageError(f"{value!r} is not a text or a list of texts")
+
+
 def _positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    if not is_positive(value):
         raise UsageError(f"{value!r} is not a number above 0")
-    return value
+    number: float = value
+    return number
 
 
 def _schedules(given: Any, terms: Sequence[Term]) -> dict[str, Schedule]:

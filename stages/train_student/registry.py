@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -120,11 +121,12 @@ def join_options(name: str, part: Any) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if value != field.default:
-            pieces.append(f"{field.name}={_spelled(value)}")
+            pieces.append(f"{field.name}={spelled(value)}")
     return ":".join(pieces)
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """An option's value or a weight as text that reads back as the same."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
@@ -150,8 +152,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return text.lower() == "true"
     if kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
+            number = kind(text)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+        except (ValueError, OverflowError):
             raise UsageError(f"{where} is {text!r}; expected {'a whole' if kind is int else 'a'} number") from None
     assert kind is str, f"{where}: no conversion to {kind}"
     return text

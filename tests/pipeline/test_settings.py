@@ -71,6 +71,12 @@ def test_an_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
     assert read_settings(tmp_path / "a.yaml") == {}
 
 
+REPEATED = b"a0: &a0 [x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 20)
+)
+"""Two hundred lines at the most, and 10**19 values."""
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -84,6 +90,12 @@ def test_an_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
         (b"? [1, 2]\n: 3\n", "a key is a word"),
         (b"a: 1\n---\nb: 2\n", r"a\.yaml:2:1: but found another document"),
         (b"a:\n\tb: 1\n", r"a\.yaml:2"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"a: 1\nb: " + b"9" * 5000, r"a\.yaml:2: a whole number of 5000 digits"),
+        (b"a: 1\nb: &b [1, *b]\n", r"a\.yaml:2: a value stands within itself"),
+        (b"a: &a {b: *a}\n", r"a\.yaml:1: a value stands within itself"),
+        (b"a: 1\nb: x\0y\n", r"a\.yaml:2: the character U\+0000 cannot stand in YAML"),
+        (REPEATED, "stands for [0-9]+ values, its aliases written out; at most 100000"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, data: bytes, message: str) -> None:

@@ -257,6 +257,9 @@ def test_all_mistakes_are_found_at_once_with_lines_and_near_matches() -> None:
         ("[{stage: make}, {stage: make}]", "two steps are called 'make'"),
         ("[{id: a/b, stage: make}]", "step id 'a/b' is not letters, digits, '_' and '-'"),
         ("[{id: a}]", "step 'a' has no `stage`"),
+        ("[{id: a, stage: [make]}]", "unknown stage ['make']"),
+        ("[{stage: make, needs: 5}]", "`needs` is not a list of names"),
+        ("[{stage: make, matrix: [{value: 1}]}]", "`matrix` is not a list of names"),
         ("[make]", "a step is not `key: value` lines: 'make'"),
         ("[]", "`steps` is not a list of steps"),
         ("[{stage: make, with: [value]}]", "`with` is not `option: value` lines"),
@@ -310,10 +313,17 @@ def test_a_mistake_in_a_step_is_named_before_anything_runs(steps: str, problem: 
         ("{a: [1], b: 'x${vars.a}'}", "${vars.a} is a list and cannot stand inside a text"),
         ("{a: null, b: 'x${vars.a}'}", "${vars.a} has no value yet: give it with --set a=VALUE"),
         ("[a]", "`variables` is not `name: value` lines"),
+        ("{5: a}", "the name of a variable is 5, which is no word"),
     ],
 )
 def test_a_mistake_in_a_variable_is_named(variables: str, problem: str) -> None:
     assert any(problem in line for line in problems(f"variables: {variables}\nsteps: [{{stage: make}}]\n"))
+
+
+def test_a_matrix_of_billions_is_refused_before_it_is_made() -> None:
+    axes = ", ".join(f"a{axis}: [{', '.join(map(str, range(50)))}]" for axis in range(6))
+    (found,) = problems(f"matrix: {{{axes}}}\nsteps: [{{stage: make, matrix: [a0, a1, a2, a3, a4, a5]}}]\n")
+    assert "step 'make' would run 15625000000 times (50 a0 x 50 a1 x" in found and "at most 1000" in found
 
 
 def test_an_unknown_variable_on_the_command_line_is_refused() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from ..losses.reduce import wide
-from ..registry import Registry, join_options, split_options
+from ..registry import Registry, join_options, spelled, split_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ class Term:
 
     def __str__(self) -> str:
         name, *options = join_options(self.method.name, self.method).split(":")
-        return ":".join([name, f"{self.weight:g}", *options])
+        return ":".join([name, spelled(self.weight), *options])
 
 
 def parse_methods(specs: str | Sequence[str]) -> tuple[Term, ...]:

@@ -56,6 +56,17 @@ def test_a_file_stands_beside_methods_and_its_weight_may_be_left_out(tmp_path: P
     assert expand_matches([str(whole)]) == ["distilbert:1:reduction=token:layer_map=1-2"]
 
 
+def test_a_weight_is_kept_to_its_last_digit_and_yaml_is_the_same_as_elsewhere(tmp_path: Path) -> None:
+    (term,) = parse_methods(expand_matches([written(tmp_path, {**MATCH, "weight": 0.123456789})]))
+    assert term.weight == 0.123456789 and parse_methods(str(term)) == (term,)
+    file = tmp_path / "matches.yaml"
+    file.write_text("- {layer_T: 2, layer_S: 1, feature: hidden, loss: cos, weight: 1e-3}\n")
+    assert expand_matches([str(file)]) == ["distilbert:0.001:reduction=token:layer_map=1-2"]
+    file.write_text("- layer_T: 2\n  layer_T: 3\n")
+    with pytest.raises(UsageError, match=r"matches\.yaml:2: 'layer_T' stands twice"):
+        expand_matches([str(file)])
+
+
 @pytest.mark.parametrize(
     ("match", "words"),
     [
@@ -67,6 +78,7 @@ def test_a_file_stands_beside_methods_and_its_weight_may_be_left_out(tmp_path: P
         ({**MATCH, "layer_T": "two"}, "layer_T is 'two'"),
         ({**MATCH, "loss": "fsp"}, "takes two layers"),
         ({**MATCH, "weight": 0}, "expected a number above 0"),
+        ({**MATCH, "weight": 10**400}, "expected a number above 0"),
         ({**MATCH, "proj": ["relu", 312, 768]}, "projections are linear"),
         ({**MATCH, "proj": ["linear", 312, 768, {"lr": 1e-3}]}, "one learning rate"),
         ("hidden", "expected keys layer_T"),
@@ -79,7 +91,8 @@ def test_what_has_no_counterpart_is_refused_with_its_place(match: Any, words: st
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("a: [", "not YAML"), ("{}", "no list of matches"), (None, "cannot be read")]
+    ("content", "words"),
+    [("a: [", "expected the node content"), ("{}", "no list of matches"), (None, "does not exist")],
 )
 def test_a_file_that_holds_no_matches_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
     file = tmp_path / "matches.yml"
