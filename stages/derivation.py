@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pipeline.errors import RefusedError
+from ..pipeline.errors import RefusedError, VerificationError
 from ..pipeline.store.lattice import route_to
 from ..pipeline.store.signal import Signal
 from ..pipeline.store.store import TeacherStore
+from .cache_teacher.sidecars import groups_of
 
 NUM_TOKENS = "num_tokens"
 """Beside the signals of a batch that has tokens or pairs: int64 [B], how many each row has."""
@@ -76,7 +77,8 @@ class Derivation:
         )
 
     def _maps(self, hidden_BTD: Tensor, sidecar: str) -> Tensor:
-        weights = self._keep(sidecar, hidden_BTD.device, lambda: self._on_device(sidecar, hidden_BTD.device))
+        device, width = hidden_BTD.device, hidden_BTD.shape[-1]
+        weights = self._keep(sidecar, device, lambda: self._maps_of(sidecar, width, device))
         return torch.stack(
             [
                 nn.functional.linear(hidden_BTD, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
@@ -85,11 +87,14 @@ class Derivation:
             dim=2,
         )
 
-    def _on_device(self, sidecar: str, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.from_numpy(np.array(tensor)).to(device, torch.float32)
-            for name, tensor in self._tensors(sidecar).items()
-        }
+    def _maps_of(self, sidecar: str, width: int, device: torch.device) -> dict[str, Tensor]:
+        tensors = self._tensors(sidecar)
+        out = len(np.atleast_1d(tensors.get("query.weight", ())))
+        out -= out % max(1, self.num_heads)  # heads are of one width
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, width) for name in ("query", "key", "value")}
+        shapes |= {f"{name}.bias": (out,) for name in ("query", "key", "value") if f"{name}.bias" in tensors}
+        _require_shapes(sidecar, tensors, shapes)
+        return {name: torch.from_numpy(np.array(tensor)).to(device, torch.float32) for name, tensor in tensors.items()}
 
     def _embedded(self, ids_BT: Tensor, segments_BT: Tensor, mask_BT: Tensor) -> Tensor:
         model = self._keep("embeddings", ids_BT.device, lambda: self._without_layers("embeddings", ids_BT.device))
@@ -130,17 +135,29 @@ class Derivation:
         auto: Any = AutoModelForSequenceClassification if self._has_head else AutoModel
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-        tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in self._tensors(sidecar).items()}
-        there = model.state_dict()
-        absent = [name for name in tensors if name not in there]
-        assert not absent, f"{type(model).__name__} without layers has no {absent[0]}"
-        model.load_state_dict(tensors, strict=False)
+        tensors, there = self._tensors(sidecar), model.state_dict()
+        names = [name for name, group in groups_of(model).items() if group == sidecar]
+        # Of what is lacking, the model would keep what it was drawn with, without a word.
+        _require_shapes(sidecar, tensors, {name: tuple(there[name].shape) for name in names})
+        model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in names}, strict=False)
         return model.to(device)
 
     def _keep(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
         if (name, device) not in self._kept:
             self._kept[name, device] = make()
         return self._kept[name, device]
+
+
+def _require_shapes(sidecar: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """VerificationError unless a sidecar holds the tensors that the teacher's config makes, and no others."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != dict(shapes):
+        names = [name for name in sorted({*found, *shapes}) if found.get(name) != shapes.get(name)]
+        raise VerificationError(
+            f"sidecar {sidecar!r} does not fit the teacher's config that the store keeps beside it",
+            details=[f"{name}: {found.get(name, 'not there')}, not {shapes.get(name, 'there')}" for name in names[:5]],
+            fix="capture the signals themselves: kd cache-teacher --signals ...",
+        )
 
 
 def derivation_of(store: TeacherStore) -> Derivation:

@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 
-from kd.pipeline.errors import RefusedError
+from kd.pipeline.errors import RefusedError, VerificationError
 from kd.pipeline.stage import StageContext, execute
 from kd.pipeline.store import Signal, open_view
 from kd.pipeline.store.lattice import sources_of
 from kd.pipeline.store.sidecar import list_sidecars
 from kd.stages.cache_teacher import CacheTeacher
-from kd.stages.derivation import NUM_TOKENS, derivation_of
+from kd.stages.derivation import NUM_TOKENS, Derivation, derivation_of
 from kd.stages.train_student.rows import StoreRows
 
 BODY: dict[str, Any] = {
@@ -201,3 +201,29 @@ def test_the_maps_are_computed_in_float32_whatever_the_student_trains_in(teacher
     with torch.autocast("cpu", torch.bfloat16):
         under = derivation.of(rows)["attention.score@2"]
     assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("forged", ["transposed", "lacking", "renamed"])
+def test_tensors_that_do_not_fit_are_named_and_never_filled_up_with_random_ones(
+    forged: str, tiny_teacher: Path
+) -> None:
+    """A sidecar's checksum is right for whoever wrote it, and so may be what it says of the teacher."""
+    from kd.stages.cache_teacher.sidecars import tensors_of
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_teacher)
+    batch = {
+        "hidden.tok@1": torch.randn(2, 5, 32), "hidden.cls@2": torch.randn(2, 32), NUM_TOKENS: torch.tensor([5, 3]),
+        "token_ids": torch.ones(2, 5, dtype=torch.int32), "segment_ids": torch.zeros(2, 5, dtype=torch.int32),
+    }  # fmt: skip
+
+    def tensors(sidecar: str) -> dict[str, np.ndarray]:
+        found = dict(tensors_of(model, sidecar))
+        first = next(name for name, tensor in found.items() if tensor.ndim == 2)
+        value = found.pop(first)
+        return found | {"transposed": {first: value[:, :-1].T}, "lacking": {}, "renamed": {"x": value}}[forged]
+
+    sound = Derivation(model.config, True, lambda sidecar: dict(tensors_of(model, sidecar)))
+    for signal in ("attention.score@2", "hidden.tok@0", "logits"):
+        assert sound.of(batch)[signal].isfinite().all()
+        with pytest.raises(VerificationError, match="does not fit the teacher's config"):
+            Derivation(model.config, True, tensors).of(batch)[signal]
