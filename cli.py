@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -18,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .pipeline.artifact import json_ready
 from .pipeline.config import StageField, build_stage, parse_values, read_config, stage_fields
-from .pipeline.errors import KdError, UsageError, near_match
+from .pipeline.errors import KdError, RefusedError, UsageError, near_match
 from .pipeline.progress import duration, mute_libraries, open_progress, size
 from .pipeline.ranks import launched
 from .pipeline.stage import Outcome, Stage, StageContext, execute
@@ -52,6 +53,10 @@ ARTIFACT_OPTIONS: tuple[tuple[str, str, str, str | None], ...] = (
 )
 
 
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What a system says of a path that this user, or nobody, can read or write."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kd` with `argv` (without the program's name; those of the process by default); the exit code."""
     words = [*(sys.argv[1:] if argv is None else argv)]
@@ -65,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _fail(_parser_error(error, words).to_json(), UsageError.exit_code, as_json)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is not None:
+            refused = RefusedError(
+                f"{error.filename} cannot be used: {os.strerror(error.errno)}",
+                fix="see to its permissions, or give another place",
+            )
+            return _fail(refused.to_json(), refused.exit_code, as_json)
         if verbose or os.environ.get("KD_TRACEBACK"):
             import traceback
 

@@ -182,6 +182,7 @@ def load_predictor(
     Raises:
         RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -196,7 +197,8 @@ def load_predictor(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    # Half a folder, or one that was edited, can fail anywhere in there.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RefusedError(
             f"model {path} cannot be opened as a sequence classifier",
@@ -216,6 +218,10 @@ def load_predictor(
     task = _task_of(config)
     content = manifest.get("content", {}) if manifest else {}
     names = {int(index): str(name) for index, name in config.id2label.items()}
+    if {*names} != {*range(config.num_labels)}:
+        raise RefusedError(
+            f"model {path}: id2label of its config.json names {len(names)} of {config.num_labels} labels"
+        )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Predictor(
         path=folder if folder.is_dir() else Path(path),
@@ -240,6 +246,10 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _task_of(config: Any) -> str:
     declared = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    if declared not in TASK_OF_PROBLEM:
+        raise RefusedError(
+            f"unknown problem_type {declared!r} in the model's config.json{near_match(str(declared), TASK_OF_PROBLEM)}"
+        )
     return TASK_OF_PROBLEM[declared]
 
 
@@ -265,7 +275,7 @@ def _manifest_of(path: str | Path, folder: Path, finished: bool) -> Mapping[str,
 def _register_students(folder: Path) -> None:
     """Make transformers know kd's own architectures, where the folder holds one."""
     config = folder / "config.json"
-    if config.is_file() and '"kd-' in config.read_text(encoding="utf-8"):
+    if config.is_file() and b'"kd-' in config.read_bytes():
         from .train_student import bilstm_model  # noqa: F401
 
 

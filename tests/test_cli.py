@@ -146,6 +146,13 @@ def test_an_unforeseen_error_is_one_line_and_verbose_shows_where(run: Kd) -> Non
     assert run.err.splitlines()[-1] == "error: unexpected ZeroDivisionError: by nought"
 
 
+def test_a_place_that_cannot_be_used_is_refused_by_name(run: Kd) -> None:
+    Path("file").touch()
+    for place, words in (("file/below", "Not a directory"), ("a" * 300, "File name too long")):
+        error = run.json("make", "--output-dir", place, code=3)["error"]
+        assert place in error["what"] and words in error["what"] and error["fix"]
+
+
 def test_an_option_without_its_value_is_named(run: Kd) -> None:
     run("make", "--value", code=2)
     assert run.err.splitlines() == ["error: Option '--value' requires an argument", "  fix: see kd make --help"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..disk import disk_full_explained
 from ..ragged import IntArray
 
 Array = npt.NDArray[Any]
@@ -64,8 +65,10 @@ class Appended:
     def append(self, values: Array) -> None:
         """Add entries."""
         block = np.ascontiguousarray(values, dtype=self._dtype)
-        self._file.seek(0, 2)
-        _write(self._file, block)
+        # A file without a name: the error would be laid at the disk of whatever is being made.
+        with disk_full_explained(f"temporary files, {tempfile.gettempdir()} (TMPDIR)"):
+            self._file.seek(0, 2)
+            _write(self._file, block)
         self._size += block.nbytes // self._dtype.itemsize
 
     def all(self, shape: tuple[int, ...] = ()) -> Array:

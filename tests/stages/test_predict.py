@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,33 @@ def test_one_output_without_a_problem_type_is_a_regression(make_model, tmp_path:
     model = load_predictor(folder)
     assert (model.task, model.label_names) == ("regression", ())
     assert model.predict(["the cat"]).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.safetensors": lambda data: data[: len(data) // 2]}, "cannot be opened"),
+        ({"model.safetensors": lambda data: b""}, "cannot be opened"),
+        ({"config.json": lambda data: data.replace(b'"hidden_size": 32', b'"hidden_size": 64')}, "cannot be opened"),
+        (
+            {"config.json": lambda data: data.replace(b"single_label_classification", b"nope")},
+            "cannot be opened|'nope'",
+        ),
+        (
+            {"config.json": lambda data: data.replace(b'"1": "neutral"', b'"7": "neutral"')},
+            "names 3 of 3 labels|opened",
+        ),
+        ({"config.json": lambda data: b"\xff" + data}, "cannot be opened"),
+        ({"tokenizer.json": lambda data: data[:100]}, "cannot be opened"),
+    ],
+)
+def test_a_folder_that_is_half_there_or_was_edited_is_refused(
+    make_model: Callable[..., Path], tmp_path: Path, change: dict[str, Callable[[bytes], bytes]], words: str
+) -> None:
+    folder = make_model(tmp_path / "model")
+    for name, changed in change.items():
+        before = (folder / name).read_bytes()
+        assert changed(before) != before
+        (folder / name).write_bytes(changed(before))
+    with pytest.raises(RefusedError, match=words):
+        load_predictor(folder)

@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from kd.pipeline.disk import disk_full, is_disk_full
 from kd.pipeline.errors import IncompleteError, KdError
 from kd.pipeline.stage import Stage, StageContext, StageResult, execute, option
 from kd.pipeline.store import create_or_open, open_store
+from kd.pipeline.store.scratch import Appended
 
 Work = Callable[[Path], None]
 WORDS = "no space left on the disk of "
@@ -190,3 +192,9 @@ def test_what_counts_as_a_full_disk() -> None:
         "details": ["the system says: Disk quota exceeded"],
         "fix": "free some and run the same command again: it resumes",
     }
+
+
+def test_a_full_disk_of_temporary_files_is_named_and_not_that_of_the_output() -> None:
+    planned = Appended(np.int64)
+    with files_up_to(1024), pytest.raises(IncompleteError, match=rf"{tempfile.gettempdir()} \(TMPDIR\)"):
+        planned.append(np.arange(1000))
