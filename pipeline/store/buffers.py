@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+ALIGNMENT = 4096
+"""Of the beginnings of buffers: what the kernel asks for to take them to a disk as they are."""
+
 
 class SpareBuffers:
     """Memory of shards that are on disk, for the next ones.
@@ -23,20 +26,22 @@ class SpareBuffers:
         self._spare: list[npt.NDArray[np.uint8]] = []
 
     def take(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-        """An array of this shape and dtype, C-contiguous; what is in it is left over."""
+        """An array of this shape and dtype, C-contiguous and aligned to `ALIGNMENT`; what is in it is left over."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         with self._lock:
             self._spare.sort(key=lambda buffer: buffer.nbytes)
-            place = next((place for place, buffer in enumerate(self._spare) if buffer.nbytes >= size), None)
+            needed = size + ALIGNMENT
+            place = next((place for place, buffer in enumerate(self._spare) if buffer.nbytes >= needed), None)
             if place is not None:
                 buffer = self._spare.pop(place)
             else:
                 if self._spare:
                     self._spare.pop()  # too small: given up for the one that is
                 # Shards differ a little in size; pages that are never touched take no memory.
-                step = 1 << max(12, size.bit_length() - 3)
-                buffer = np.empty(-(-size // step) * step, dtype=np.uint8)
-        return buffer[:size].view(dtype).reshape(shape)
+                step = 1 << max(12, needed.bit_length() - 3)
+                buffer = np.empty(-(-needed // step) * step, dtype=np.uint8)
+        start = -buffer.ctypes.data % ALIGNMENT
+        return buffer[start : start + size].view(dtype).reshape(shape)
 
     def give(self, arrays: Iterable[npt.NDArray[Any]]) -> None:
         """Take back arrays that `take` gave and that nobody reads any more."""

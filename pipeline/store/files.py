@@ -20,8 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from ..disk import disk_full, disk_full_explained, is_disk_full
 from ..errors import KdError, RefusedError, VerificationError
+from .buffers import ALIGNMENT
 from .locks import require_locks
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]*")
@@ -29,6 +32,9 @@ STAGING = ".staging"
 LOCK_FILE = ".lock"
 SMALL_FILE_BYTES = 64 << 20
 """Records, metadata and indexes larger than this are refused before they are read."""
+
+DIRECT_BYTES = 1 << 21
+"""Buffers from this size on are written past the page cache, where the file system lets them."""
 
 Names = list[str]
 Buffer = Any
@@ -515,8 +521,33 @@ def _open_locked(path: str, *, wait: bool, create: bool = True) -> int | None:
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
+    view = view[_write_directly(descriptor, view) :]
     while view.nbytes:
         view = view[os.write(descriptor, view[: 1 << 30]) :]
+
+
+def _write_directly(descriptor: int, view: memoryview) -> int:
+    """Write the whole blocks of a large, aligned buffer past the page cache; how many bytes that were.
+
+    The processor then copies nothing and the kernel looks for no pages, which takes both from a teacher that computes
+    meanwhile, and what others have in the cache stays there. Where it cannot be done, nothing is written.
+    """
+    whole = view.nbytes // ALIGNMENT * ALIGNMENT
+    if whole < DIRECT_BYTES or not hasattr(os, "O_DIRECT"):
+        return 0
+    if np.frombuffer(view, np.uint8).ctypes.data % ALIGNMENT or os.lseek(descriptor, 0, os.SEEK_CUR) % ALIGNMENT:
+        return 0
+    flags, written = fcntl.fcntl(descriptor, fcntl.F_GETFL), 0
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        while written < whole and written % ALIGNMENT == 0:
+            written += os.write(descriptor, view[written:whole][: 1 << 30])
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return written
 
 
 def make_folders(path: str | os.PathLike[str]) -> None:
