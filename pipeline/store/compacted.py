@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .arrow import bytes_to_arrow
+from .arrow import bytes_to_arrow, no_memory_kept
 from .footer import UNCOMPRESSED, row_groups
 from .layout import COMMITS
 
@@ -26,6 +26,7 @@ MAX_RECORD_SUM = 32 << 20
 """Bytes of the records of one file together. A reader takes twice that, for names and pages."""
 MAX_RECORD_BYTES = 1 << 20
 """Of one record, compacted or not."""
+PAGE_BYTES = 1 << 14
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, RuntimeError, LookupError, TypeError, ArithmeticError)
 """What pyarrow raises, besides ValueError, on bytes that are no Parquet or say impossible things of themselves."""
@@ -52,7 +53,8 @@ def encode_compacted(records: Mapping[str, bytes]) -> bytes:
     ]
     table = pa.table(columns, schema=SCHEMA)
     buffer = io.BytesIO()
-    # Uncompressed and plain, so that no page can unfold to more than the file's own size.
+    # Uncompressed and plain, so that no page can unfold to more than the file's own size. Arrow takes several times the
+    # size of a page, however few pages there are, and keeps it until it is told.
     pq.write_table(
         table,
         buffer,
@@ -60,8 +62,10 @@ def encode_compacted(records: Mapping[str, bytes]) -> bytes:
         use_dictionary=False,
         write_statistics=False,
         row_group_size=MAX_RECORDS,
+        data_page_size=PAGE_BYTES,
         store_schema=False,
     )
+    pa.default_memory_pool().release_unused()
     return buffer.getvalue()
 
 
@@ -80,12 +84,10 @@ def decode_compacted(data: bytes, *, name: str) -> dict[str, bytes]:
     if digest_of(data) != match[1]:
         raise ValueError("its bytes do not have the digest in its name: it was edited or damaged")
     try:
-        columns = _decode_columns(data)
+        with no_memory_kept():
+            names, records = _decode_columns(data)
     except PARQUET_ERRORS as error:
         raise ValueError(f"not Parquet: {error}") from None
-    # Decoding took several times the bytes of the file: they go back before the records take theirs.
-    pa.default_memory_pool().release_unused()
-    names, records = columns
     if len({*names}) != len(names):
         raise ValueError("it holds a record twice")
     return dict(zip(names, records, strict=True))

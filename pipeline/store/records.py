@@ -586,6 +586,10 @@ class RecordReader:
 
     def _read(self, names: Sequence[str], shard: int | None, lost: str = "") -> tuple[list[Record], list[Problem]]:
         prefix = "" if shard is None else f"{shard:08d}."
+        if shard is None:
+            # Those that were compacted since are read again from where they are now, and kept there.
+            self._known = {name: self._known[name] for name in names if name in self._known}
+            self._compacted = {name: self._compacted[name] for name in names if name in self._compacted}
         self._read_new([name for name in names if name.startswith(prefix)])
         found: dict[str, Record] = {}
         problems = []

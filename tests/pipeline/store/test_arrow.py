@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd.pipeline.store.arrow import bytes_to_arrow, from_arrow, to_arrow
+from kd.pipeline.store.arrow import bytes_to_arrow, from_arrow, no_memory_kept, to_arrow
 
 
 @pytest.mark.parametrize("dtype", ["uint32", "int64", "float16"])
@@ -51,3 +51,11 @@ assert decode_compacted(data, name=compacted_file(data).split("/")[1]) == {"one"
 assert "pandas" not in sys.modules, "an import of half a second"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_arrow_takes_memory_from_the_c_library_for_a_while_and_no_longer() -> None:
+    own = pa.default_memory_pool().backend_name
+    with pytest.raises(KeyError), no_memory_kept():
+        assert pa.default_memory_pool().backend_name == "system"
+        raise KeyError
+    assert pa.default_memory_pool().backend_name == own

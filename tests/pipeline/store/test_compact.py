@@ -52,6 +52,13 @@ def test_a_compacted_file_holds_the_exact_bytes_of_the_records(store: TeacherSto
     assert dict(zip(table.column("name").to_pylist(), table.column("record").to_pylist(), strict=True)) == loose
 
 
+def test_compacted_records_are_in_memory_once(store: TeacherStore) -> None:
+    before = store.catalogue().records
+    assert store._records._known
+    store.compact()
+    assert store.catalogue().records == before and not store._records._known
+
+
 def test_a_store_grows_after_compaction_and_the_next_one_merges(store: TeacherStore, tools) -> None:
     store.compact()
     store.allocate(*tools.make_rows(20, seed=1))
