@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from relay import Relay
 from report import Figure, Timed, compared, finish, take_turns
 from train import (
     CLASSES,
@@ -93,14 +94,16 @@ def main() -> None:
         part("read", read_figures(store, options.device, batch_size, rounds))
         bench = partial(Workbench, store, folder=folder, batch_size=batch_size, device=options.device)
         bench = partial(bench, warm_up=1 if quick else 20, teacher_layers=layers)
+        of_steps = partial(bench, steps=rounds * steps)
         kinds = ["", "bf16"] if options.device == "cpu" else ["", "bf16", "fp16"]
-        for student in ("bilstm", "bert"):
-            for autocast in kinds:
-                what = f"step, {student}, {autocast or 'float32'}"
-                case_of_steps = bench(steps=steps, student=student, autocast=autocast)
-                part(what, step_figures(what, case_of_steps, rounds))
-        what = "step, bilstm, float32, hidden.tok"
-        part(what, step_figures(what, bench(steps=steps, signals=(LOGITS, TOKENS)), rounds))
+        with Relay(3) as relay:
+            for student in ("bilstm", "bert"):
+                for autocast in kinds:
+                    what = f"step, {student}, {autocast or 'float32'}"
+                    case_of_steps = partial(of_steps, student=student, autocast=autocast)
+                    part(what, step_figures(what, case_of_steps, relay, rounds))
+            what = "step, bilstm, float32, hidden.tok"
+            part(what, step_figures(what, partial(of_steps, signals=(LOGITS, TOKENS)), relay, rounds))
         for student in ["bilstm"] if quick else ["bilstm", "bert"]:
             what = f"epoch, {student}"
             part(what, live_figures(what, bench(steps=max(1, steps // 4), student=student), rounds))

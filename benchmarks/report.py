@@ -27,21 +27,28 @@ class Timed:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds that each way took, one number a round, after one round that warms up and does not count.
+    """Seconds that each way took, one number a round, after one round that does not count if it is to warm up.
 
     Within a round every way has one turn, and the next round goes through them backwards: what a machine that slows
-    down does to one way, it does to all. `time.process_time` as the clock counts the processor's time alone.
+    down does to one way, it does to all. `time.process_time` as the clock counts the processor's time alone. A way that
+    returns a mapping stands for several that took turns by themselves: what each of those took, by name.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    seconds: dict[str, list[float]] = {}
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name in [*ways][:: -1 if number % 2 else 1]:
             started = clock()
             done = ways[name]()
-            spent = done.seconds if isinstance(done, Timed) else clock() - started
-            if number:
-                seconds[name].append(spent)
+            spent = clock() - started
+            for way, timed in (done if isinstance(done, Mapping) else {name: done}).items():
+                seconds.setdefault(way, [])
+                if number:
+                    seconds[way].append(timed.seconds if isinstance(timed, Timed) else spent)
     return seconds
 
 

@@ -1,12 +1,13 @@
 """How fast a student trains from the store: against the same steps in memory, plain loops, and a live teacher.
 
-    python benchmarks/train.py [--quick] [--only step epoch resume] [--rows 20000] [--steps 30] [--rounds 7]
+    python benchmarks/train.py [--quick] [--only step epoch resume] [--rows 20000] [--steps 5] [--rounds 40]
 
 - step: optimiser steps of a BiLSTM (2 x 150 over 30,522 x 300 embeddings) with logits as targets, with token states of
   one layer as well, and in bfloat16. `kd` gathers every batch from the store's files. `in memory` is the same trainer
   over batches that were gathered before. `bare loop` is forward, loss, backward, clip and step over those and nothing
   else. `Trainer` is transformers' own over a list of rows in memory with its usual collator: rows in random order,
   padded to the longest of each batch, the whole embedding table trained. `reader wait` is kd's time without a batch.
+  Each way is a process that trains on and on; they take turns of a few steps, and ratios are of the same batches.
 - epoch: the same rows with logits that a teacher of BERT-base size gives while the student trains, in evaluation and
   inference mode, against logits from the store. A few steps are measured on the same batches, and scaled to an epoch
   of 67,349 rows (SST-2).
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from relay import Baton, Relay
 from report import Figure, Timed, compared, finish, take_turns
 
 from kd.pipeline.ragged import Ragged
@@ -51,17 +53,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and steps: well under a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--rows", type=int, help="in the store of the steps (default 20,000; 8,000 if quick)")
-    parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 30; 5 if quick)")
+    parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 5)")
     parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 1 if quick)")
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
-    parser.add_argument("--rounds", type=int, help="timed rounds, after one warm-up (default 7; 2 if quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 40; 8 if quick)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
-    steps = options.steps or (5 if quick else 30)
-    live_steps = options.live_steps or (1 if quick else 6)
-    rounds = options.rounds or (2 if quick else 7)
+    steps = options.steps or 5
+    live_steps, live_rounds = options.live_steps or (1 if quick else 6), 1 if quick else 2
+    rounds = options.rounds or (8 if quick else 40)
 
     quiet_transformers()
     figures: list[Figure] = []
@@ -71,18 +73,19 @@ def main() -> None:
         store = make_store(Path(folder) / "store", lengths, [LOGITS] if quick else [LOGITS, TOKENS])
         bench = partial(Workbench, store, folder=Path(folder), batch_size=options.batch_size)
         if "step" in options.only:
-            of_steps = partial(bench, steps=steps, warm_up=3 if quick else 8)
-            cases = {"step, logits": of_steps(), "step, logits, bf16": of_steps(autocast="bf16")}
+            of_steps = partial(bench, steps=rounds * steps, warm_up=3 if quick else 8)
+            cases = {"step, logits": of_steps, "step, logits, bf16": partial(of_steps, autocast="bf16")}
             if not quick:
-                cases["step, logits and hidden.tok"] = of_steps(signals=(LOGITS, TOKENS))
-            for name, case in cases.items():
-                figures += step_figures(name, case, rounds, with_trainer=name == "step, logits")
-            millions = cases["step, logits"].num_trainable / 1e6
+                cases["step, logits and hidden.tok"] = partial(of_steps, signals=(LOGITS, TOKENS))
+            with Relay(4) as relay:
+                for name, case in cases.items():
+                    figures += step_figures(name, case, relay, rounds, with_trainer=name == "step, logits")
+            millions = of_steps().num_trainable / 1e6
             notes.append(f"{millions:.2f} M trainable: kd leaves out embeddings that no training row reaches.")
         if "epoch" in options.only:
             for student in ["bilstm"] if quick else ["bilstm", "bert"]:
                 case = bench(student=student, steps=live_steps, warm_up=1, teacher_layers=options.teacher_layers)
-                figures += live_figures(f"epoch, {student}", case, 1 + rounds // 5)
+                figures += live_figures(f"epoch, {student}", case, live_rounds)
             notes.append(f"Epochs of {EPOCH_ROWS:,} rows, scaled from {live_steps} steps of {options.batch_size} rows.")
         if "resume" in options.only:
             num_rows = options.resume_rows or (100_000 if quick else 1_000_000)
@@ -91,27 +94,35 @@ def main() -> None:
     finish("train", figures, settings, notes=notes)
 
 
-def step_figures(what: str, case: Workbench, rounds: int, *, with_trainer: bool = False) -> list[Figure]:
-    """Rows per second of each way, and the share of kd's time that it waits for batches."""
-    ways = {"kd": case.kd, "in memory": case.in_memory}
-    if case.autocast != "fp16":  # which needs its loss scaled
-        ways["bare loop"] = case.bare_loop
+def step_figures(
+    what: str, case: Callable[[], Workbench], relay: Relay, rounds: int, *, with_trainer: bool = False
+) -> list[Figure]:
+    """Rows per second of each way, and the share of kd's time that it waits for batches.
+
+    Args:
+        case: makes the workbench, in the process of each way; its steps are shared out evenly among the rounds.
+    """
+    bench = case()
+    ways = {"kd": "kd", "in memory": "in_memory"}
+    if bench.autocast != "fp16":  # which needs its loss scaled
+        ways["bare loop"] = "bare_loop"
     if with_trainer:
-        ways["Trainer"] = case.huggingface
-    seconds = take_turns(ways, rounds)
-    num_rows = case.steps * case.order.rows_per_step
+        ways["Trainer"] = "huggingface"
+    runs = {name: partial(run_way, case, method) for name, method in ways.items()}
+    steps = bench.steps // rounds
+    seconds, returned = relay.run(runs, rounds=rounds, steps=steps, warm_up=bench.warm_up)
+    num_rows = steps * bench.order.rows_per_step
     figures = compared(what, seconds, unit="rows/s", number=lambda s: num_rows / s, at_least=STEP_TARGETS)
-    waits = [100 * share for share in case.waits[1:]]
-    wait = Figure(
-        what=what,
-        way="reader wait",
-        value=statistics.median(waits),
-        unit="% of time",
-        low=min(waits),
-        high=max(waits),
-        at_most=3.0,
-    )
-    return [*figures, wait]
+    share = 100 * returned["kd"] / sum(seconds["kd"])
+    return [*figures, Figure(what=what, way="reader wait", value=share, unit="% of time", at_most=3.0)]
+
+
+def run_way(case: Callable[[], Workbench], method: str, baton: Baton) -> Any:
+    """One way of a workbench, in this process."""
+    quiet_transformers()
+    bench = case()
+    baton.now = bench.now
+    return getattr(bench, method)(baton.step_ended)
 
 
 def live_figures(what: str, case: Workbench, rounds: int) -> list[Figure]:
@@ -119,7 +130,7 @@ def live_figures(what: str, case: Workbench, rounds: int) -> list[Figure]:
     ways = {"kd": case.kd, **{f"live {dtype}": partial(case.live, dtype) for dtype in ("float32", "bfloat16")}}
     per_epoch = EPOCH_ROWS / (case.steps * case.order.rows_per_step)
     targets = LIVE_TARGETS if case.student == "bilstm" else {}
-    seconds = take_turns(ways, rounds)
+    seconds = take_turns({name: partial(case.timed, way) for name, way in ways.items()}, rounds)
     return compared(what, seconds, unit="s/epoch", number=lambda s: s * per_epoch, at_least=targets)
 
 
@@ -190,8 +201,6 @@ class Workbench:
         self.order = BatchOrder(index, self.rows.tokens.lengths, batch_size=batch_size, seed=1)
         self._seen = self.rows.seen_tokens(index, VOCABULARY)
         self._signals = signals
-        self.waits: list[float] = []
-        """Of every turn of `kd`, the share of its time that it waited for batches."""
 
     @property
     def num_trainable(self) -> int:
@@ -200,31 +209,26 @@ class Workbench:
 
     # --- ways ----------------------------------------------------------------------------------------------------
 
-    def kd(self) -> Timed:
-        """From the store."""
-        trainer, seconds = self._train(self.rows)
-        self.waits.append(trainer.loader.wait_s / (trainer.loader.wait_s + trainer.clock.step_s))
-        return Timed(seconds)
+    def kd(self, step_ended: Callable[[], None]) -> float:
+        """From the store; returns the seconds that the timed steps waited for batches."""
+        return self._train(self.rows, step_ended)
 
-    def in_memory(self) -> Timed:
+    def in_memory(self, step_ended: Callable[[], None]) -> None:
         """The same trainer over batches that were gathered before."""
-        return Timed(self._train(Given(self._batches))[1])
+        self._train(Given(self._batches), step_ended)
 
-    def live(self, dtype: str) -> Timed:
+    def live(self, dtype: str, step_ended: Callable[[], None]) -> None:
         """The same trainer, the logits of every batch from a teacher that runs when the batch is asked for."""
         teacher = live_teacher(dtype, self.device, self._teacher_layers)
-        return Timed(self._train(Given(map(partial(answered, teacher, self.device), self._batches)), threads=0)[1])
+        self._train(Given(map(partial(answered, teacher, self.device), self._batches)), step_ended, threads=0)
 
-    def bare_loop(self) -> Timed:
+    def bare_loop(self, step_ended: Callable[[], None]) -> None:
         """What a step cannot do without, over batches that were gathered before."""
         model = self._distillation().to(self.device).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (self.warm_up + self.steps))
-        started = 0.0
-        for number, batch in enumerate(self._batches):
-            if number == self.warm_up:
-                started = self._now()
+        for batch in self._batches:
             batch = moved(batch, self.device)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast == "bf16"):
                 loss = model(**batch)["loss"]
@@ -233,9 +237,9 @@ class Workbench:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        return Timed(self._now() - started)
+            step_ended()
 
-    def huggingface(self) -> Timed:
+    def huggingface(self, step_ended: Callable[[], None]) -> None:
         """transformers' own `Trainer` over a list of rows."""
         from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
@@ -248,35 +252,51 @@ class Workbench:
                 )
 
         torch.manual_seed(0)
-        stamps = stamping(self._now)
-        rows = self._plain_rows
-        collate = DataCollatorWithPadding(pad_only_tokenizer())
-        args = self._arguments(threads=0)
         trainer = Distiller(
-            model=student_model(self.student), args=args, train_dataset=rows, data_collator=collate, callbacks=[stamps]
+            model=student_model(self.student),
+            args=self._arguments(threads=0),
+            train_dataset=self._plain_rows,
+            data_collator=DataCollatorWithPadding(pad_only_tokenizer()),
+            callbacks=[after_each_step(step_ended)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return Timed(stamps.times[-1] - stamps.times[self.warm_up - 1])
+
+    def timed(self, way: Callable[[Callable[[], None]], Any]) -> Timed:
+        """Seconds of the steps after the warm-up of one way."""
+        times: list[float] = []
+        way(lambda: times.append(self.now()))
+        return Timed(times[-1] - times[self.warm_up - 1])
+
+    def now(self) -> float:
+        """The time when the device has done what it was given."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     # --- what they are made of -----------------------------------------------------------------------------------
 
-    def _train(self, rows: Any, threads: int = 1) -> tuple[Any, float]:
+    def _train(self, rows: Any, step_ended: Callable[[], None], threads: int = 1) -> float:
         from transformers import PrinterCallback
 
         from kd.stages.train_student.trainer import StudentTrainer
 
-        stamps = stamping(self._now)
+        waited: list[float] = []
+
+        def ended() -> None:
+            waited.append(trainer.loader.wait_s)
+            step_ended()
+
         trainer = StudentTrainer(
             model=self._distillation(),
             args=self._arguments(threads),
             rows=rows,
             order=self.order,
-            callbacks=[stamps],
+            callbacks=[after_each_step(ended)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return trainer, stamps.times[-1] - stamps.times[self.warm_up - 1]
+        return waited[-1] - waited[self.warm_up - 1]
 
     def _arguments(self, threads: int) -> Any:
         from transformers import TrainingArguments
@@ -340,11 +360,6 @@ class Workbench:
                 found.append({"input_ids": row[: sum(mask)], "teacher_logits": logits})
         return found
 
-    def _now(self) -> float:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 class Given:
     """Rows whose batches come one after another, as training asks for them."""
@@ -375,18 +390,15 @@ def moved(batch: Any, device: str) -> Any:
     return {name: moved(value, device) for name, value in batch.items()}
 
 
-def stamping(now: Callable[[], float]) -> Any:
-    """A callback that keeps when each step ended, in `times`."""
+def after_each_step(call: Callable[[], None]) -> Any:
+    """A callback of `Trainer`."""
     from transformers import TrainerCallback
 
-    class Stamps(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
+    class AfterEachStep(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            call()
 
-        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            self.times.append(now())
-
-    return Stamps()
+    return AfterEachStep()
 
 
 def student_model(name: str) -> Any:

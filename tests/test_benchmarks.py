@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SHARED = {"formats", "large_store", "report"}
+SHARED = {"formats", "large_store", "relay", "report"}
 SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
     "gpu": ["--device", "cpu", "--quick", "--rows", "60", "--steps", "1"],
@@ -19,7 +19,7 @@ SMALL = {
     "scale": ["--sizes", "200,400"],
     "startup": ["--repeats", "1", "--rows", "20000"],
     "train": [
-        *("--quick", "--rows", "300", "--steps", "2", "--live-steps", "1", "--rounds", "1", "--resume-rows", "500"),
+        *("--quick", "--rows", "300", "--steps", "1", "--live-steps", "1", "--rounds", "2", "--resume-rows", "500"),
         *("--batch-size", "8", "--teacher-layers", "1"),
     ],
     "write": ["--quick", "--megabytes", "1", "--rounds", "1"],
