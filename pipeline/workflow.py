@@ -15,8 +15,8 @@ A step is one command; `with` holds its options. References: `${vars.NAME}`, `${
 the file), `${workflow.output_dir}`, `${steps.ID.output_dir}`, `${steps.ID.fingerprint}` and `.short_fingerprint` (known
 when that step is done); `$${` is a plain `${`. A step runs after those it refers to, and after its `needs`. It is
 expanded over the axes that it refers to and over its own `matrix`, whose axes set the options that are called like
-them; a reference to an expanded step means the instance with the same axes, or all of them where an option takes a
-list.
+them, and those in the `with` of their points; a reference to an expanded step means the instance with the same axes,
+or all of them where an option takes a list.
 """
 
 from __future__ import annotations
@@ -264,6 +264,12 @@ class _Reader:
             if not isinstance(values, list) or not values:
                 self.problems.append(f"{raw.place(axis)}: axis {axis!r} is not a list with an entry")
                 continue
+            for value in values:
+                options, where = _options(value), f"{raw.place(axis)}: axis {axis!r}: `with` of {_label(value)}"
+                if not isinstance(options, Mapping):
+                    self.problems.append(f"{where} is not `option: value` lines")
+                elif {"output_dir", "output-dir"} & options.keys():
+                    self.problems.append(f"{where} cannot say output_dir: each point has a folder of its own")
             labels = [_label(value) for value in values]
             if len({*labels}) < len(labels):
                 self.problems.append(f"{raw.place(axis)}: axis {axis!r} has an entry twice: {', '.join(labels)}")
@@ -351,6 +357,9 @@ class _Reader:
             # An axis called like an option sets it.
             if axis in fields and not {axis, axis.replace("_", "-")} & values.keys():
                 values[axis] = point[axis]
+            # What a point says holds over what the step says of all points.
+            own = {str(key).replace("-", "_"): value for key, value in _options(point[axis]).items()}
+            values = {key: value for key, value in values.items() if str(key).replace("-", "_") not in own} | own
         for name in declared.needs:
             try:
                 for instance in self.instances(name, point):
@@ -564,6 +573,11 @@ def _label(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_label, value))
     return str(value)
+
+
+def _options(value: Any) -> Any:
+    """The options that a point on an axis sets."""
+    return value.get("with", {}) if isinstance(value, Mapping) else {}
 
 
 def _safe(value: Any) -> str:

@@ -65,10 +65,13 @@ class RunWorkflow(Stage):
             result for result in results if result.command == "compare" and result.error is None and result.result
         ]
         if compared:
-            comparison = {key: value for key, value in compared[-1].result.items() if key not in _OUTCOME}
-            assert compared[-1].stage is not None
-            summary["comparison"] = comparison
-            summary["comparison_table"] = compared[-1].stage.report(comparison)
+            reports = []
+            for result in compared:
+                comparison = {key: value for key, value in result.result.items() if key not in _OUTCOME}
+                assert result.stage is not None
+                reports.append(result.stage.report(comparison) or "")
+            summary["comparison"] = comparison  # the last one; all of them are in the report
+            summary["comparison_table"] = "\n\n".join(reports)
         failed = [result for result in results if result.state == "failed"]
         if not failed:
             return StageResult(summary=summary)

@@ -112,6 +112,7 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
         notes.append(f"the values of {', '.join(stage.search)} were chosen on {stage.dataset} itself")
     if any(len(group.runs) == 1 for group in groups):
         notes.append("one seed: no spread over seeds is known; evidence takes three, five below 5,000 rows")
+    notes += stage.notes
 
     summary: dict[str, Any] = {
         "dataset": stage.dataset,

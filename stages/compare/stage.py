@@ -49,6 +49,7 @@ class Compare(Stage):
     latency_texts: int = option(
         200, help="Texts to time one by one on one CPU thread; 0 leaves timing out.", panel=MEASURE
     )
+    notes: tuple[str, ...] = option((), help="A line to put below the table. Repeatable.", metavar="TEXT", split=False)
     batch_size: int = option(64, help="Rows per forward pass.", identity=False, panel=MEASURE)
     device: str | None = option(
         None, help="Where to predict; a GPU where there is one. Timing is always on the CPU.", identity=False

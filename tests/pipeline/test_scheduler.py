@@ -178,6 +178,14 @@ def test_the_table_for_people_ends_in_the_comparison(env: dict[str, str]) -> Non
     assert lines[-3:] == ["| total |", "|---|", "| 2 |"]
 
 
+def test_several_comparisons_are_all_shown(env: dict[str, str]) -> None:
+    with Path("flow.yaml").open("a") as file:
+        file.write('  - {id: other, stage: compare, with: {things: ["${steps.a.output_dir}"]}}\n')
+    result = kd(env, "run", "flow.yaml")
+    assert result["comparison_table"] == "| total |\n|---|\n| 2 |\n\n| total |\n|---|\n| 1 |"
+    assert result["comparison"]["total"] == 1
+
+
 def test_verbose_steps_speak_into_their_logs(env: dict[str, str]) -> None:
     Path("flow.yaml").write_text("name: flow\nsteps: [{id: a, stage: make, with: {noise: true}}]\n")
     kd(env, "run", "flow.yaml", "--verbose")

@@ -193,6 +193,28 @@ def test_an_axis_of_named_mappings_moves_several_options_together() -> None:
     assert printed["make[recipe=fast]"] == "kd make --value 2 --rate 0.1 --output-dir runs/flow/make/recipe=fast"
 
 
+def test_the_points_of_an_axis_set_options_of_their_own_over_those_of_the_step() -> None:
+    printed = commands(
+        """
+        variables: {most: 9}
+        steps:
+          - id: row
+            stage: make
+            matrix:
+              way:
+                - {name: plain}
+                - {name: labelled, with: {label: "${vars.most} a"}}
+                - {name: high, with: {value: "${vars.most}", rate: 0.5}}
+            with: {value: 4}
+        """
+    )
+    assert printed == {
+        "row[way=plain]": "kd make --value 4 --output-dir runs/flow/row/way=plain",
+        "row[way=labelled]": "kd make --value 4 --label '9 a' --output-dir runs/flow/row/way=labelled",
+        "row[way=high]": "kd make --value 9 --rate 0.5 --output-dir runs/flow/row/way=high",
+    }
+
+
 def test_only_keeps_a_step_and_what_it_needs() -> None:
     assert [s.id for s in read(CHAIN).only(["second"]).steps] == ["first", "second"]
     assert [s.id for s in read(MATRIX).only(["both[seed=1,kind=a]"]).steps] == [
@@ -279,6 +301,9 @@ def test_all_mistakes_are_found_at_once_with_lines_and_near_matches() -> None:
         ("[{stage: make, with: {label: '${x}'}}]", "${x} is no reference"),
         ("[{stage: make, matrix: {value: 3}}]", "axis 'value' is not a list with an entry"),
         ("[{stage: make, matrix: {value: [3, 3]}}]", "axis 'value' has an entry twice"),
+        ("[{stage: make, matrix: {way: [{name: a, with: 3}]}}]", "axis 'way': `with` of a is not `option: value`"),
+        ("[{stage: make, matrix: {way: [{name: a, with: {valu: 3}}]}}]", "has no such setting (did you mean 'value'?)"),
+        ("[{stage: make, matrix: {way: [{name: a, with: {output-dir: x}}]}}]", "`with` of a cannot say output_dir"),
         ("[{stage: make, matrix: {value: [3, -3]}}]", "step 'make': --value is -3"),
         (
             "[{id: a, stage: make, matrix: {value: [1, 2]}},"

@@ -96,13 +96,17 @@ def test_a_distilled_run_without_a_baseline_says_so(runs, tiny_teacher, judged, 
     assert any("no baseline from the same start" in note for note in summary["notes"])
 
 
-def test_unequal_budgets_are_said(make_run, judged, tmp_path) -> None:
+def test_unequal_budgets_are_said_and_so_is_what_the_user_has_to_say(make_run, judged, tmp_path) -> None:
     made = [
         make_run(tmp_path / "base", role="baseline", init="random", steps=50, noise=0.5),
         make_run(tmp_path / "distilled", init="random", steps=100),
     ]
-    summary = execute(stage([str(run) for run in made], judged, tmp_path, latency_texts=0)).summary
+    notes = ("one method does not fit, and why", "second")
+    compare = stage([str(run) for run in made], judged, tmp_path, latency_texts=0, notes=notes)
+    summary = execute(compare).summary
     assert any("unequal budgets" in note for note in summary["notes"])
+    assert summary["notes"][-2:] == [*notes]
+    assert "one method does not fit, and why\n" in compare.report(summary)
 
 
 def test_without_matplotlib_there_is_a_table_and_a_warning_that_names_the_extra(
