@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHARED = {"formats", "large_store", "relay", "report"}
 SMALL = {
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
+    "derived": ["--rows", "12", "--teachers", "pre-ln"],
     "gpu": ["--device", "cpu", "--quick", "--rows", "60", "--steps", "1"],
     "read": ["--quick", "--rows", "200", "--batches", "2", "--rounds", "1", "--formats", "copies,datasets,parquet"],
     "scale": ["--sizes", "200,400"],

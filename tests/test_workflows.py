@@ -131,9 +131,55 @@ def test_the_mrpc_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, senten
 
 @pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_workflow_that_comes_with_kd_is_read_without_a_mistake(file: Path) -> None:
-    given = {"data": "some/data"} if file.stem != "quickstart" else {}
+    given = {"data": "some/data"} if file.stem not in ("quickstart", "all-methods") else {}
     workflow = read_workflow(str(file), StageClasses(), variables=given)
     assert workflow.steps[-1].stage.command == "compare"
+
+
+def shapes_of(width: int, num_layers: int, heads: int) -> Any:
+    """A student beside the packaged MiniLM."""
+    from kd.stages.train_student.methods import Shapes
+
+    widths = (width,) * (num_layers + 1)
+    return Shapes(
+        task="single-label",
+        num_labels=77,
+        token_widths=widths,
+        sentence_widths=widths,
+        teacher_layers=6,
+        teacher_width=384,
+        student_heads=heads,
+        attention_width=width,
+        teacher_heads=12,
+    )
+
+
+def test_the_workflow_of_all_methods_has_every_method_that_fits_for_both_students() -> None:
+    from kd.stages.train_student import TrainStudent
+    from kd.stages.train_student.methods import methods, parse_methods
+    from kd.stages.train_student.recipe import num_steps, read_recipe
+
+    workflow = read_workflow(str(WORKFLOWS / "all-methods.yaml"), StageClasses(), variables={"seeds": [1]})
+    used: dict[str, set[str]] = {"deep": set(), "narrow": set()}
+    settings: dict[str, set[tuple[Any, ...]]] = {"deep": set(), "narrow": set()}
+    for step in workflow.steps:
+        group, stage = step.id.split("[")[0], step.resolve(lambda *_: "0")
+        if not isinstance(stage, TrainStudent):
+            continue
+        form = shapes_of(384, 3, 12) if group == "deep" else shapes_of(128, 2, 4)
+        if stage.recipe is not None:
+            phases = read_recipe(stage.recipe, stage, form)
+            terms = [term for phase in phases for term in phase.terms]
+            assert stage.max_steps is not None and min(num_steps(phases, total=stage.max_steps, steps_per_epoch=9)) > 9
+        else:
+            terms = [] if stage.baseline else [*parse_methods(stage.method)]
+        for term in terms:
+            term.method.signals(form)  # raises where it does not fit
+        used[group] |= {term.method.name for term in terms}
+        settings[group].add((stage.max_steps, stage.per_device_train_batch_size, stage.validation_fraction))
+    assert used["deep"] == {*methods}
+    assert used["narrow"] == {*methods} - {"minilm"}, "which compares head by head"
+    assert all(len(found) == 1 for found in settings.values()), "a table has one budget"
 
 
 RECIPES = sorted((WORKFLOWS / "methods").glob("*.yaml"))
@@ -148,25 +194,14 @@ def test_every_method_has_its_recipe() -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
 def test_a_methods_recipe_caches_what_it_needs_and_compares_it_with_plain_soft_targets(file: Path) -> None:
     from kd.pipeline.store import parse_signals
-    from kd.stages.train_student.methods import Shapes, parse_methods
+    from kd.stages.train_student.methods import parse_methods
 
     workflow = read_workflow(str(file), StageClasses())
     steps = {step.id: step for step in workflow.steps}
     values = {name: dict(step.values) for name, step in steps.items()}
     terms = parse_methods(values[file.stem]["method"])
     assert file.stem in [term.method.name for term in terms]
-    # The packaged MiniLM, and a student of 3 of its layers.
-    form = Shapes(
-        task="single-label",
-        num_labels=77,
-        token_widths=(384,) * 4,
-        sentence_widths=(384,) * 4,
-        teacher_layers=6,
-        teacher_width=384,
-        student_heads=12,
-        attention_width=384,
-        teacher_heads=12,
-    )
+    form = shapes_of(384, 3, 12)
     needed = {signal for term in terms for signal in term.method.signals(form)}
     view = values.get(f"view-{file.stem}", values["view-logits"])
     assert needed == {*parse_signals(view["signals"], 6)}, "caches more or less than it needs"

@@ -25,7 +25,7 @@ from ..corpus import Corpus
 from ..evaluate import SMALL_SPLIT, matching_columns
 from ..metrics import agreement, check_metric, main_metric, task_metrics
 from ..predict import Predictor, load_predictor
-from .groups import Group, baselines, make_groups, read_run
+from .groups import Group, baselines, make_groups, plain_soft_targets, read_run
 from .stage import Compare
 from .statistics import mean_and_deviation, paired_bootstrap, share_of_gap
 from .table import markdown_report
@@ -229,7 +229,8 @@ def _add_differences(
     stage: Compare,
     progress: Progress,
 ) -> list[str]:
-    """Add to every distilled row its shares of the gap and its gain over the start; return what must be said of it."""
+    """Add to every distilled row its shares of the gap and its gains over the start and over plain soft targets; return
+    what must be said of it."""
     notes: list[str] = []
     means = [row["metrics"][metric_name] for row in rows]
     index_of = {id(group): index for index, group in enumerate(groups)}
@@ -238,6 +239,18 @@ def _add_differences(
         # Of several baselines the best one: the distilled student is not to win by a badly tuned peer.
         sign = 1.0 if _higher_is_better(metric_name) else -1.0
         return max((index_of[id(group)] for group in found), key=lambda index: sign * means[index], default=None)
+
+    def gain(index: int, base: int) -> dict[str, float]:
+        low, high = paired_bootstrap(
+            metric_name,
+            task,
+            scored[index].logits,
+            scored[base].logits,
+            labels,
+            samples=stage.bootstrap_samples,
+            seed=stage.bootstrap_seed,
+        )
+        return {"mean": means[index] - means[base], "low": low, "high": high}
 
     for index, group in enumerate(groups):
         if group.role != "distilled":
@@ -250,6 +263,8 @@ def _add_differences(
             if base is not None and teacher_value is not None:
                 rows[index][name] = share_of_gap(means[index], means[base], teacher_value, metric_name=metric_name)
         rows[index]["gain_over_start"] = None
+        plain = plain_soft_targets(group, groups)
+        rows[index]["gain_over_plain"] = None if plain is None else gain(index, index_of[id(plain)])
         label = f"{group.first.student} from {group.first.init}, {group.first.method}"
         for role, base in (("floor", floor), ("start", start)):
             if base is not None and (role == "start" or base != start):
@@ -257,16 +272,7 @@ def _add_differences(
         if start is None:
             notes.append(f"no baseline from the same start for {label}: train one with --baseline")
             continue
-        low, high = paired_bootstrap(
-            metric_name,
-            task,
-            scored[index].logits,
-            scored[start].logits,
-            labels,
-            samples=stage.bootstrap_samples,
-            seed=stage.bootstrap_seed,
-        )
-        rows[index]["gain_over_start"] = {"mean": means[index] - means[start], "low": low, "high": high}
+        rows[index]["gain_over_start"] = gain(index, start)
     return notes
 
 

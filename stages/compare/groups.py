@@ -214,3 +214,27 @@ def baselines(group: Group, groups: Sequence[Group]) -> tuple[list[Group], list[
         return same_budget or found
 
     return from_start(RANDOM), from_start(group.first.init)
+
+
+def plain_soft_targets(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The row with no other method than soft targets and gold labels that a distilled group is to beat.
+
+    Of the same student, start, rows and steps; None for a row that is one itself, and where there is none or several.
+    """
+    first = group.first
+    if group.role != "distilled" or _is_plain(first):
+        return None
+    found = [
+        other
+        for other in groups
+        if other.role == "distilled"
+        and _is_plain(other.first)
+        and (other.first.student, other.first.init, other.first.views, other.first.steps)
+        == (first.student, first.init, first.views, first.steps)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_plain(run: Run) -> bool:
+    names = {term.partition(":")[0] for phase in run.method.split(" > ") for term in phase.split(",")}
+    return "soft-target" in names and names <= {"soft-target", "hard"} and " > " not in run.method

@@ -36,7 +36,8 @@ def markdown_report(summary: Mapping[str, Any]) -> str:
         "",
         "Shares of the gap: (distilled − floor) / (teacher − floor), where the floor is the same student from a random"
         " start on gold labels; and (distilled − start) / (teacher − start), where the start is the same student from"
-        " the same start on gold labels. The second is what the teacher's signals add.",
+        " the same start on gold labels. The second is what the teacher's signals add. Over soft targets: distilled −"
+        " the same student on soft targets and gold labels alone, with its 95 % interval over examples.",
         "",
         *_markdown(cost_table(summary)),
         "",
@@ -61,12 +62,16 @@ def quality_table(summary: Mapping[str, Any]) -> list[list[str]]:
     with_teacher = summary["teacher"] is not None
     header = ["role", "student", "start", "learned from", "rows", "seeds", *names]
     header += ["agreement", "of floor gap", "of start gap"] if with_teacher else []
+    with_plain = any(group.get("gain_over_plain") for group in summary["groups"])
+    header += ["over soft targets"] if with_plain else []
     table = [header]
     if with_teacher:
         teacher = summary["teacher"]
         labelled = _count(teacher.get("labelled_rows"))
         figures = [_figure(name, teacher["metrics"][name]) for name in names]
-        table.append(["teacher", "", "", "gold labels", labelled, "", *figures, "", "", ""])
+        table.append(
+            ["teacher", "", "", "gold labels", labelled, "", *figures, "", "", "", *([""] if with_plain else [])]
+        )
     for group in summary["groups"]:
         figures = [_figure(name, group["metrics"][name], group["deviations"][name]) for name in names]
         row = [
@@ -81,6 +86,7 @@ def quality_table(summary: Mapping[str, Any]) -> list[list[str]]:
         if with_teacher:
             shares = [group.get("share_of_floor_gap"), group.get("share_of_start_gap")]
             row += [_figure("accuracy", group["agreement"]), *(_share(share, group["role"]) for share in shares)]
+        row += [_gain(group.get("gain_over_plain"), metric)] if with_plain else []
         table.append(row)
     return table
 
@@ -200,6 +206,15 @@ def _share(share: float | None, role: str) -> str:
     if role != "distilled":
         return ""
     return NOTHING if share is None else f"{100 * share:.0f} %"
+
+
+def _gain(gain: Mapping[str, float] | None, metric: str) -> str:
+    """A difference and its interval; nothing where there is none."""
+    if gain is None:
+        return ""
+    scale, digits = (100.0, 2) if metric in PERCENT else (1.0, 3)
+    mean, low, high = (f"{scale * gain[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def _count(value: int | None) -> str:

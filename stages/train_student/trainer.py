@@ -96,11 +96,13 @@ class Distillation(nn.Module):
         targets = Targets(signals, labels, has_gold, negatives, self.seed, self.epoch)
         terms: dict[str, Tensor] = {}
         loss = outputs.logits_BC.new_zeros((), dtype=torch.float32)
-        for number, (term, projections) in enumerate(zip(self._terms, self.projections, strict=True)):
-            assert isinstance(projections, nn.ModuleDict)
-            for name, value in term.method.loss(outputs, targets, projections, self._shapes).items():
-                loss = loss + term.weight * value
-                terms[name if name not in terms else f"{name}#{number + 1}"] = value.detach()
+        # Losses are differences of numbers that are nearly equal: what the student computes in bfloat16 they do not.
+        with torch.autocast(outputs.logits_BC.device.type, enabled=False):
+            for number, (term, projections) in enumerate(zip(self._terms, self.projections, strict=True)):
+                assert isinstance(projections, nn.ModuleDict)
+                for name, value in term.method.loss(outputs, targets, projections, self._shapes).items():
+                    loss = loss + term.weight * value
+                    terms[name if name not in terms else f"{name}#{number + 1}"] = value.detach()
         return {"loss": loss, "terms": terms}
 
 

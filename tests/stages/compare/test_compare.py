@@ -58,6 +58,7 @@ def test_the_table_holds_what_the_protocol_asks_for(runs, tiny_teacher, judged, 
     assert distilled["deviations"]["accuracy"] is not None and floor["deviations"]["accuracy"] is None
     # The same weights with labels in another order: same decisions, same score.
     assert turned["agreement"] == 1.0
+    assert (distilled["gain_over_plain"], turned["gain_over_plain"]) == (None, None)
     assert turned["metrics"]["nll"] == pytest.approx(summary["teacher"]["metrics"]["nll"], rel=1e-4)
     cost = distilled["cost"]
     assert cost["parameters"] > cost["parameters_without_embeddings"] > 0
@@ -78,6 +79,24 @@ def test_the_table_holds_what_the_protocol_asks_for(runs, tiny_teacher, judged, 
     assert command.startswith("kd compare") and "--teacher" in command
     assert execute(compare).skipped
     assert compare.report(execute(compare).summary) == text
+
+
+def test_a_method_is_held_against_plain_soft_targets(make_run, judged, tmp_path) -> None:
+    """The method has the teacher's weights, the soft targets noisy ones: what is shown is their difference."""
+    made = [
+        make_run(tmp_path / "plain", method="soft-target:0.9,hard:0.1", noise=0.6),
+        make_run(tmp_path / "pkd", method="soft-target:0.9,pkd:0.1,hard:0.1", noise=0.0),
+    ]
+    compare = stage([str(run) for run in made], judged, tmp_path, latency_texts=0)
+    summary = execute(compare).summary
+    plain, pkd = summary["groups"]
+    gain = pkd["gain_over_plain"]
+    assert plain["gain_over_plain"] is None
+    assert gain["mean"] == pytest.approx(pkd["metrics"]["accuracy"] - plain["metrics"]["accuracy"])
+    assert 0 < gain["low"] <= gain["mean"] <= gain["high"]
+    header, *rows = [line for line in compare.report(summary).splitlines() if "soft" in line][:3]
+    assert header.endswith("over soft targets")
+    assert rows[1].endswith(f"{100 * gain['mean']:+.2f} ({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f})")
 
 
 def test_without_a_teacher_there_are_scores_and_gains_and_no_shares(runs, judged, tmp_path) -> None:

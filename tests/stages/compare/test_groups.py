@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kd.pipeline.errors import RefusedError
-from kd.stages.compare.groups import baselines, make_groups, read_run
+from kd.stages.compare.groups import baselines, make_groups, plain_soft_targets, read_run
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row(make_run, tmp_path) -> None:
@@ -43,6 +43,24 @@ def test_a_baseline_has_the_same_student_start_and_budget(make_run, tmp_path) ->
     assert baselines(distilled, [short, other, distilled]) == ([], [short])
     from_nothing = group_of("from-nothing", init="random", steps=100)
     assert baselines(from_nothing, [*everything, from_nothing]) == ([floor], [floor])
+
+
+def test_plain_soft_targets_are_those_of_the_same_student_start_text_and_steps(make_run, tmp_path) -> None:
+    def group_of(name: str, **fields: object):
+        return make_groups([read_run(make_run(tmp_path / name, **fields))])[0]
+
+    plain = group_of("plain", method="soft-target:0.9:temperature=2.0,hard:0.1")
+    pkd = group_of("pkd", method="soft-target:0.9:temperature=2.0,pkd:0.1,hard:0.1")
+    phased = group_of("phased", method="soft-target:1 > hard:1")
+    other = group_of("other", method="soft-target:0.9", init="embeddings")
+    longer = group_of("longer", method="soft-target:0.9", steps=500)
+    augmented = group_of("augmented", method="soft-target:0.9", view="b")
+    labels = group_of("labels", role="baseline", method="hard:1")
+    everything = [plain, pkd, phased, other, longer, augmented, labels]
+    assert plain_soft_targets(pkd, everything) is plain
+    assert plain_soft_targets(phased, everything) is plain
+    assert [plain_soft_targets(group, everything) for group in (plain, labels)] == [None, None]
+    assert plain_soft_targets(pkd, [*everything, group_of("hot", method="soft-target:1:temperature=8.0")]) is None
 
 
 def test_runs_of_different_tasks_are_refused(make_run, tmp_path) -> None:

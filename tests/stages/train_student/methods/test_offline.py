@@ -115,6 +115,34 @@ def test_the_stores_signals_train_as_the_live_teacher_would(case: Case, view: tu
     assert abs(other - cached[0]) > tolerance * cached[0], "rows of others would not be noticed"
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.spec)
+def test_under_autocast_the_student_is_in_bfloat16_and_the_loss_is_not(
+    case: Case, view: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepared_for(case.spec, view[1])
+    torch.manual_seed(0)
+    tokenizer = prepared.teacher.tokenizer
+    model = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer).model
+    rows = make_data(prepared, tokenizer, model).rows
+    distillation = Distillation(model, prepared.student, prepared.terms, prepared.shapes).eval()
+    seen: list[tuple[torch.dtype, bool]] = []
+    loss = type(case.method).loss
+
+    def watched(self: Any, outputs: StudentOutputs, *rest: Any) -> dict[str, Tensor]:
+        seen.append((outputs.logits_BC.dtype, torch.is_autocast_enabled("cpu")))
+        return loss(self, outputs, *rest)
+
+    monkeypatch.setattr(type(case.method), "loss", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = distillation(**rows.batch(ROWS), negatives=rows.sentence_signals(OTHERS))
+    assert seen == [(torch.bfloat16, False)]
+    assert shown["loss"].dtype == torch.float32 and {value.dtype for value in shown["terms"].values()} == {
+        torch.float32
+    }
+    shown["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in distillation.parameters() if p.grad is not None)
+
+
 def test_a_teacher_shows_the_same_logits_watched_or_not(teacher: Any) -> None:
     inputs = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     assert isinstance(live(teacher, inputs).outputs(), StudentOutputs)
