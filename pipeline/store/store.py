@@ -711,7 +711,9 @@ class TeacherStore:
             "shards": catalogue.num_shards,
             "signals": signals,
             "incomplete": self._incomplete(catalogue),
-            "derivable": derivable(catalogue.specs.values(), sidecars, num_layers),
+            "derivable": derivable(
+                catalogue.specs.values(), sidecars, num_layers, masked="masking" in self.identity.capture
+            ),
             "views": self._inspect_views(),
             "sidecars": sidecars,
             "bytes": sum(signal["bytes"] for signal in signals.values()),

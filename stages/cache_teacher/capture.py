@@ -201,6 +201,7 @@ class LoadedTeacher:
                 signals,
                 device=self._device,
                 pad_token_id=pad_token_id if pad_token_id is not None else 0,
+                masking=self._teacher.masking,
             )
             self._signals = dict(signals)
         return self._runner
@@ -230,7 +231,9 @@ def _loaded_teacher(job: CaptureJob) -> LoadedTeacher:
     key = job.teacher_key
     with _loading:
         if key not in _loaded:
-            teacher = _described.get(key) or describe_teacher(job.teacher, trust_remote_code=job.trust_remote_code)
+            teacher = _described.get(key) or describe_teacher(
+                job.teacher, trust_remote_code=job.trust_remote_code
+            ).as_captured(job.store)
             # Of the weights that were just read: a digest remembered by file stat says nothing about a later change.
             tensors = tensor_digest(teacher.load("auto"))
             if tensors != job.tensors:

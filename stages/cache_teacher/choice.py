@@ -32,6 +32,8 @@ PROFILES: Mapping[str, str] = {
 """Sets of signals by name, each smallest for its own purpose."""
 
 Entries = Mapping[Axis, int]
+STATES = ("hidden.", "mlm.hidden")
+"""Beginnings of the names of signals that are hidden states."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,27 @@ def smallest(
         else:
             signals |= dict.fromkeys(sentence)
         signals |= dict.fromkeys(above)
+    masked, scored, last = Signal("mlm.hidden"), Signal("mlm.logits"), Signal("hidden.tok", num_layers)
+    if masked in needed or scored in needed:
+        states = min((masked, last), key=lambda signal: 0 if signal in signals else cost([signal]))
+        cost_of_states = 0 if states in signals or masked in needed else cost([states])
+        through_head = scored in needed and holds("head")
+        if through_head:
+            cost_of_head = 0 if "head" in kept else sidecar_bytes("head")
+            through_head = cost_of_states + cost_of_head <= cost([scored])
+        if through_head:
+            sidecars["head"] = None
+        elif scored in needed:
+            signals[scored] = None
+        if through_head or masked in needed:
+            signals[states] = None
     bytes_of = {str(signal): cost([signal]) for signal in signals}
     bytes_of |= {f"sidecar {name}": sidecar_bytes(name) for name in sidecars}
     return Choice(tuple(signals), tuple(sidecars), bytes_of)
 
 
 def _stored_as(signal: Signal, hidden_dtype: str | None) -> Signal:
-    return replace(signal, encoding=hidden_dtype) if signal.name.startswith("hidden.") else signal
+    return replace(signal, encoding=hidden_dtype) if signal.name.startswith(STATES) else signal
 
 
 def possible_methods(
@@ -156,7 +172,7 @@ def shapes_for(teacher: Teacher, student_layers: int | None) -> Shapes:
     layers = student_layers or max(1, teacher.num_layers // 2)
     widths = (teacher.hidden_size,) * (layers + 1)
     return Shapes(
-        task=teacher.task or "single-label",
+        task="masked-lm" if teacher.masking is not None else teacher.task or "single-label",
         num_labels=max(1, teacher.num_labels),
         token_widths=widths,
         sentence_widths=widths,
@@ -176,7 +192,7 @@ def needs_of(terms: Iterable[Term], shapes: Shapes) -> tuple[Signal, ...]:
 def profile_needs(name: str, teacher: Teacher) -> tuple[tuple[Signal, ...], tuple[str, ...]]:
     """(signals, sidecars) that a profile promises."""
     last = teacher.num_layers
-    logits = [Signal("logits")] if teacher.has_head else []
+    logits = {"sequence-classification": [Signal("logits")], "masked-lm": [Signal("mlm.logits")]}.get(teacher.head, [])
     sentence = [Signal(f"hidden.{kind}", layer) for kind in ("cls", "mean") for layer in range(1, last + 1)]
     relation = [*logits, *sentence, Signal("attention.qkv", last)]
     if name == "logits":

@@ -1,6 +1,7 @@
 """The forward loop: rows of token ids in, teacher signals out. It opens nothing and stores nothing.
 
-Dimension key: B rows of a batch, T padded length, H hidden width, K tokens of a batch without padding.
+Dimension key: B rows of a batch, T padded length, H hidden width, K tokens of a batch without padding, M slots of a row
+for masked tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store.codec import LIMITS
+from ...pipeline.store.keys import row_keys
 from ...pipeline.store.signal import Signal
-from ..derivation import scores
+from ..derivation import at_positions, scores, with_last_hidden_state
+from ..masking import Masking
 from .attention import hook_maps, layer_modules, require_true_scores
 
 BATCH_COST = 32
@@ -85,6 +88,7 @@ class Runner:
         signals: what to give, with the dtype to give it in ("float32", "float16").
         device: where to run.
         pad_token_id: what fills up a row; masked, so its value does not matter.
+        masking: how rows are masked before the teacher, a masked LM, reads them.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Runner:
         *,
         device: str = "cpu",
         pad_token_id: int = 0,
+        masking: Masking | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.eval().to(self.device)
@@ -103,12 +108,24 @@ class Runner:
         takes = inspect.signature(model.forward).parameters
         self._takes_segments = "token_type_ids" in takes
         self._mask_is_optional = "attention_mask" in takes and takes["attention_mask"].default is None
-        self._layers = sorted({s.layer for s in signals if s.layer is not None and s.name in REDUCE})
+        self._masking = masking
+        last = int(model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+        self._reduced = {s: last if s.layer is None else s.layer for s in signals if s.name in REDUCE}
+        self._layers = sorted({*self._reduced.values()})
         self._states: dict[Signal, Tensor] = {}
         self._batch: _Batch | None = None
         self._hooks = self._watch() if self._layers else []
+        self._taps_layers = bool(self._hooks) or not self._layers
         self._with_pairs = any(signal.kind.axis == "pair" for signal in signals)
         self._attention_hooks = self._watch_attention()
+        self._called = self.model
+        if masking is not None:
+            encoder: Any = self.model.base_model
+            if Signal("mlm.logits") in signals:
+                # The head is computed where it is asked for: a seventh of the tokens.
+                self._hooks += [encoder.register_forward_hook(lambda *_: self._at_masked(_[2]))]
+            else:
+                self._called = encoder
 
     def run(self, token_ids: Ragged, segment_ids: Ragged, batches: Sequence[np.ndarray]) -> Iterator[SignalBatch]:
         """Yield each batch's signals; on a GPU the next batch is under way while one is handed out.
@@ -179,20 +196,30 @@ class Runner:
         lengths = token_ids.lengths[slots]
         inside_BT = np.arange(length or int(lengths.max())) < lengths[:, None]
         batch = self._batch = _Batch.of(inside_BT, self.device, pairs=self._with_pairs)
-        inputs = {"input_ids": self._padded(token_ids, slots, inside_BT, self._pad_token_id)}
+        ids_BT = self._padded(token_ids, slots, inside_BT, self._pad_token_id)
+        if self._masking is not None:
+            keys = row_keys(token_ids.take(slots), segment_ids.take(slots))
+            masked = self._masking.apply(ids_BT.numpy(), lengths, keys)
+            ids_BT.copy_(torch.from_numpy(masked.ids_BT))
+            batch.positions_BM = torch.from_numpy(masked.positions_BM).to(self.device)
+        inputs = {"input_ids": ids_BT.to(self.device, non_blocking=True)}
         if batch.token_index_K is not None or not self._mask_is_optional:
             # Without padding there is none: models ask a mask whether it masks, which on a GPU waits for all before it.
             inputs["attention_mask"] = batch.mask_BT
         if self._takes_segments:
-            inputs["token_type_ids"] = self._padded(segment_ids, slots, inside_BT, 0)
+            segments_BT = self._padded(segment_ids, slots, inside_BT, 0)
+            inputs["token_type_ids"] = segments_BT.to(self.device, non_blocking=True)
         self._states.clear()
-        output = self.model(**inputs, return_dict=True, output_hidden_states=bool(self._layers) and not self._hooks)
-        if self._layers and not self._hooks:
+        output = self._called(**inputs, return_dict=True, output_hidden_states=not self._taps_layers)
+        if not self._taps_layers:
             for layer in self._layers:
                 self._keep(layer, output.hidden_states[layer])
         values, extremes = {}, []
         for signal, dtype in self._signals.items():
-            value = output.logits if signal.layer is None else self._states[signal]
+            value = output.logits if signal.name.endswith("logits") else self._states[signal]
+            if signal.name == "mlm.logits":
+                assert batch.positions_BM is not None
+                value = value * (batch.positions_BM >= 0)[..., None]
             if as_computed:
                 dtype = torch.float32
             elif dtype == torch.float16 and value.dtype != torch.float16:
@@ -208,10 +235,10 @@ class Runner:
         return _Launched(slots, length, values, largest, event)
 
     def _padded(self, rows: Ragged, slots: np.ndarray, inside_BT: np.ndarray, fill: int) -> Tensor:
-        """Rows as int64 [B, T] on the device."""
+        """Rows as int64 [B, T], in memory that a GPU copies from by itself."""
         padded_BT = torch.full(inside_BT.shape, fill, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         padded_BT.numpy()[inside_BT] = rows.take(slots).values
-        return padded_BT.to(self.device, non_blocking=True)
+        return padded_BT
 
     def _to_host(self, values: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -225,9 +252,15 @@ class Runner:
         """Reduce one layer's hidden states to the signals asked of it, and forget them."""
         if self._batch is None:
             return  # somebody else runs the model
-        for signal in self._signals:
-            if signal.layer == layer and signal.name in REDUCE:
+        for signal, its_layer in self._reduced.items():
+            if its_layer == layer:
                 self._states[signal] = REDUCE[signal.name](hidden_BTH, self._batch)
+
+    def _at_masked(self, output: Any) -> Any:
+        """What the encoder gave, cut to the masked tokens for the head."""
+        if self._batch is None or self._batch.positions_BM is None:
+            return output  # somebody else runs the model
+        return with_last_hidden_state(output, masked_tokens(output[0], self._batch))
 
     def _watch(self) -> list[Any]:
         """Hook the layers asked for; nothing when the model's layers cannot be told for certain.
@@ -320,7 +353,7 @@ class _Launched:
             self.event.synchronize()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
     """What the reductions need to know of a batch, on its device."""
 
@@ -328,6 +361,7 @@ class _Batch:
     lengths_B: Tensor
     token_index_K: Tensor | None
     pair_index_P: Tensor | None = None
+    positions_BM: Tensor | None = None
 
     @classmethod
     def of(cls, inside_BT: np.ndarray, device: torch.device, *, pairs: bool = False) -> _Batch:
@@ -372,10 +406,17 @@ def every_pair(scores_BHTT: Tensor, batch: _Batch) -> Tensor:
     return flat.contiguous() if batch.pair_index_P is None else flat.index_select(0, batch.pair_index_P)
 
 
+def masked_tokens(hidden_BTH: Tensor, batch: _Batch) -> Tensor:
+    """Hidden states of the masked tokens, [B, M, H]; zeros in slots that are not used."""
+    assert batch.positions_BM is not None
+    return at_positions(hidden_BTH, batch.positions_BM)
+
+
 REDUCE: dict[str, Callable[[Tensor, _Batch], Tensor]] = {
     "hidden.cls": first_token,
     "hidden.mean": mean_of_tokens,
     "hidden.tok": every_token,
+    "mlm.hidden": masked_tokens,
 }
 
 

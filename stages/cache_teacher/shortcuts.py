@@ -14,6 +14,7 @@ import numpy as np
 
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
+from ...pipeline.store.keys import row_keys
 from ...pipeline.store.lattice import Route, route_to
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
 
@@ -51,12 +52,15 @@ class Shortcut:
         return f"{self.signal} {verb} from sidecar {self.sidecar}: {self.why}"
 
 
-def signal_of(sidecar: str) -> Signal | None:
-    """What a sidecar of weights lets derive; None for one that nothing follows from."""
+def signal_of(sidecar: str, head: str) -> Signal | None:
+    """What a sidecar of weights of a teacher with that head lets derive; None for one that nothing follows from."""
     group, _, layer = sidecar.partition("@")
     if group == "attn_in":
         return Signal("attention.qkv", int(layer))
-    return {"embeddings": Signal("hidden.tok", 0), "head": Signal("logits")}.get(sidecar)
+    if sidecar == "embeddings":
+        return Signal("hidden.tok", 0)
+    scores = {"sequence-classification": Signal("logits"), "masked-lm": Signal("mlm.logits")}
+    return scores.get(head) if sidecar == "head" else None
 
 
 def try_shortcuts(
@@ -72,9 +76,7 @@ def try_shortcuts(
     from ..derivation import Derivation
     from .sidecars import tensors_of
 
-    wanted = {name: signal for name in sidecars if (signal := signal_of(name)) is not None}
-    if not teacher.has_head:
-        wanted.pop("head", None)
+    wanted = {name: signal for name in sidecars if (signal := signal_of(name, teacher.head)) is not None}
     if not wanted:
         return {}
     model = teacher.load("auto")  # kept: the same model where it computes in the checkpoint's dtype
@@ -85,10 +87,20 @@ def try_shortcuts(
     inputs = {TOKEN_IDS: token_ids.take(rows), SEGMENT_IDS: segment_ids.take(rows)}
     asked = {s for name, signal in tried.items() for s in (signal, *routes[name].sources) if s not in inputs}
     said = _teacher_says(teacher, asked, inputs, dtype=dtype, device=device)
-    derivation = Derivation(teacher.config, teacher.has_head, lambda name: dict(tensors_of(model, name)))
+    as_read, positions_BM = _as_read(teacher, inputs)
+    derivation = Derivation(teacher.config, teacher.head, lambda name: dict(tensors_of(model, name)))
     for name, signal in tried.items():
-        found[name] = _compare(derivation, name, signal, routes[name], inputs, said, TOLERANCE[dtype])
+        found[name] = _compare(derivation, name, signal, routes[name], as_read, positions_BM, said, TOLERANCE[dtype])
     return found
+
+
+def _as_read(teacher: Teacher, inputs: Mapping[Signal, Ragged]) -> tuple[Mapping[Signal, Ragged], np.ndarray | None]:
+    """Token and segment ids as the teacher reads them, and where they are masked [B, M]."""
+    if teacher.masking is None:
+        return inputs, None
+    ids, segments = inputs[TOKEN_IDS], inputs[SEGMENT_IDS]
+    masked = teacher.masking.apply(ids.to_padded(), ids.lengths, row_keys(ids, segments))
+    return {**inputs, TOKEN_IDS: Ragged.from_padded(masked.ids_BT, ids.lengths)}, masked.positions_BM
 
 
 def _route(signal: Signal, teacher: Teacher) -> Route:
@@ -154,15 +166,18 @@ def _compare(
     signal: Signal,
     route: Route,
     inputs: Mapping[Signal, Ragged],
+    positions_BM: np.ndarray | None,
     said: Mapping[Signal, np.ndarray],
     tolerance: float,
 ) -> Shortcut:
     import torch
 
-    from ..derivation import NUM_TOKENS
+    from ..derivation import NUM_TOKENS, POSITIONS
 
     lengths = inputs[TOKEN_IDS].lengths
     batch = {NUM_TOKENS: torch.from_numpy(lengths)}
+    if positions_BM is not None:
+        batch[POSITIONS] = torch.from_numpy(positions_BM)
     for source in route.sources:
         values = said.get(source)
         if source.kind.axis == "token":
@@ -174,8 +189,17 @@ def _compare(
     except Exception as error:  # whatever a foreign architecture raises without its layers
         first_line = (str(error).strip().splitlines() or [""])[0][:120]
         return Shortcut(sidecar, signal, False, f"it cannot be computed ({type(error).__name__}: {first_line})")
+    wanted = said[signal]
     if signal.kind.axis == "token":
         found = found[np.arange(found.shape[1]) < lengths[:, None]]
-    difference, largest = (float(np.abs(numbers).max()) for numbers in (found - said[signal], said[signal]))
+    if signal.name == "mlm.logits":
+        assert positions_BM is not None
+        wanted = wanted[positions_BM >= 0]
+    difference, largest = (float(np.abs(numbers).max(initial=0.0)) for numbers in (found - wanted, wanted))
     why = f"largest difference {difference:.2g}, largest number {largest:.2g}"
+    if signal.name == "mlm.logits":
+        # As they will be: their states are stored in float16.
+        (source,) = route.sources
+        rounded = derivation.of({**batch, str(source): batch[str(source)].half()})[str(signal)].numpy()
+        why += f"; from states in float16 {float(np.abs(rounded - wanted).max(initial=0.0)):.2g}"
     return Shortcut(sidecar, signal, difference <= tolerance * largest, why, difference)

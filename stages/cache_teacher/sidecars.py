@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SIDECARS = {
     "embeddings": "everything before the first layer: word table, positions, normalisation",
     "layers": "all transformer layers",
-    "head": "everything after the last layer: pooler and classifier",
+    "head": "everything after the last layer: pooler and classifier, or the masked-LM head with its word table",
 }
 """Groups of teacher tensors that can be kept. Together they are the whole teacher."""
 
@@ -74,7 +74,12 @@ def put_sidecars(store: TeacherStore, model: nn.Module, names: tuple[str, ...]) 
         store.put_sidecar(name, tensors)
 
 
-PROOFS = {"embeddings.proof": "hidden.tok@0", "head.proof": "logits", "attention.proof": "attention.score"}
+PROOFS = {
+    "embeddings.proof": "hidden.tok@0",
+    "head.proof": "logits",
+    "mlm.proof": "mlm.logits",
+    "attention.proof": "attention.score",
+}
 """Sidecars that say that a signal follows as the lattice has it: a capture saw it."""
 PROOF_FILE = "derives.json"
 
@@ -126,17 +131,15 @@ def sidecar_contents(teacher: Teacher, name: str) -> tuple[str, dict[str, bytes]
 def sidecar_bytes(teacher: Teacher, names: tuple[str, ...]) -> dict[str, int]:
     """Bytes of each sidecar, from the config alone."""
     import torch
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    auto: Any = AutoModelForSequenceClassification if teacher.has_head else AutoModel
     with torch.device("meta"):
-        model = auto.from_config(
+        model = teacher.auto_class.from_config(
             teacher.config, dtype=teacher.config.dtype, trust_remote_code=teacher.trust_remote_code
         )
     kept = dict.fromkeys(names, 0)
     for sidecar in names:
         header: dict[str, Any] = {}
-        for name, tensor in _named_tensors(model, sidecar):
+        for name, tensor in sorted(_named_tensors(model, sidecar), key=lambda named: named[0]):
             size = tensor.numel() * (4 if tensor.dtype == torch.bfloat16 else tensor.element_size())
             # As safetensors describes it, in front of the numbers.
             offsets = [kept[sidecar], kept[sidecar] + size]

@@ -14,7 +14,7 @@ from ...pipeline.artifact import Artifact
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
 from ...pipeline.executor import ShardOutcome, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
-from .choice import PROFILES
+from .choice import PROFILES, STATES
 from .plan import Plan, plan_table, recoded_shards
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
 
+MLM_LOGITS, MLM_BY_HEAD = "mlm.logits", "mlm.logits:head"
+"""A masked LM's logits in whatever way is the least, and from its head or not at all."""
+
 TEACHER, CORPUS, STORE, RUNNING = "Teacher", "Corpus", "Store", "Running"
 
 
@@ -39,7 +42,9 @@ class CacheTeacher(Stage):
     kind: ClassVar[str] = "view"
     on_interrupt: ClassVar[str] = "finished shards are kept; the same command goes on with the rest"
 
-    teacher: str = option(help="Teacher: a checkpoint folder or hub id.", panel=TEACHER, metavar="PATH|ID")
+    teacher: str = option(
+        help="Teacher: a checkpoint folder or hub id; minilm is the packaged encoder.", panel=TEACHER, metavar="PATH|ID"
+    )
     trust_remote_code: bool = option(
         False, help="Run Python code that comes with the checkpoint.", identity=False, panel=TEACHER
     )
@@ -53,6 +58,15 @@ class CacheTeacher(Stage):
     max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
     device: str | None = option(
         None, help="Where the teacher runs; cuda where there is one.", identity=False, panel=TEACHER, metavar="DEVICE"
+    )
+    mask_share: float = option(
+        0.0,
+        help="Show a masked-LM teacher masked text, and keep what it says at this share of the tokens, such as 0.15.",
+        panel=TEACHER,
+        metavar="SHARE",
+    )
+    mask_seed: int = option(
+        0, help="Which tokens: another one masks the same texts anew, in a store of its own.", panel=TEACHER
     )
 
     corpus: str | None = option(None, help="Corpus made by kd augment.", panel=CORPUS, metavar="CORPUS")
@@ -72,7 +86,10 @@ class CacheTeacher(Stage):
 
     store: str = option(help="Store to grow; made when it is not there.", panel=STORE, metavar="STORE")
     signals: str = option(
-        "logits", help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6:int8.", panel=STORE, metavar="LIST"
+        "logits",
+        help="What to keep, such as logits,hidden.cls@all,hidden.tok@4+6:int8; with --mask-share, mlm.logits.",
+        panel=STORE,
+        metavar="LIST",
     )
     for_: tuple[str, ...] = option(
         (),
@@ -147,6 +164,8 @@ class CacheTeacher(Stage):
                     raise UsageError(f"--{name.replace('_', '-')} goes with --dataset; a corpus knows its columns")
         if self.max_length < 1:
             raise UsageError(f"--max-length {self.max_length}: at least one token is needed")
+        if not 0 <= self.mask_share < 1:
+            raise UsageError(f"--mask-share is {self.mask_share:g}; expected a share of the tokens, such as 0.15")
         check_execution(self.workers, self.cluster)
         parse_sidecars(self.sidecars)
         if self.student_layers is not None and (self.student_layers < 1 or not self.for_):
@@ -203,14 +222,27 @@ class CacheTeacher(Stage):
 
     @cached_property
     def _teacher(self) -> Teacher:
+        from ..packaged import checkpoint_source
         from .teacher import describe_teacher
 
-        return describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+        source = checkpoint_source(self.teacher, option="--teacher")
+        teacher = describe_teacher(source, trust_remote_code=self.trust_remote_code)
+        if self.mask_share:
+            return teacher.masked(share=self.mask_share, seed=self.mask_seed, max_length=self.max_length)
+        return teacher
 
     @property
     def _chooses(self) -> bool:
         """Whether what is kept depends on the corpus and the teacher's numbers."""
-        return bool(self.for_ or self.profile)
+        return bool(self.for_ or self.profile or self._vocabulary_logits)
+
+    @cached_property
+    def _vocabulary_logits(self) -> tuple[str, ...]:
+        """What of --signals asks for a masked LM's logits in whatever way is the least."""
+        if not self.mask_share:
+            return ()
+        items = [item.strip() for item in self.signals.split(",")]
+        return ("logits",) if items == ["logits"] else tuple(i for i in items if i in (MLM_LOGITS, MLM_BY_HEAD))
 
     @property
     def _encoded_signals(self) -> list[str]:
@@ -239,14 +271,16 @@ class CacheTeacher(Stage):
     @cached_property
     def _needed(self) -> tuple[Signal, ...]:
         """What the methods of --for and the profile need."""
+        from ...pipeline.store import Signal
         from .choice import needs_of, profile_needs, shapes_for
 
-        needed: tuple[Signal, ...] = ()
+        needed: tuple[Signal, ...] = (Signal(MLM_LOGITS),) if self._vocabulary_logits else ()
         if self.for_:
-            needed = needs_of(self._terms, shapes_for(self._teacher, self.student_layers))
+            needed += needs_of(self._terms, shapes_for(self._teacher, self.student_layers))
         if self.profile:
             needed += profile_needs(self.profile, self._teacher)[0]
         self._require_head(needed)
+        self._require_masks(needed)
         return tuple(dict.fromkeys(needed))
 
     @cached_property
@@ -262,11 +296,17 @@ class CacheTeacher(Stage):
             {s.layer for s in self._needed if s.name.startswith("attention.") and s.layer is not None}
         )
         maps = [f"attn_in@{layer}" for layer in of_attention]
-        tried = self._try(["embeddings", *maps])
+        head = ["head"] if any(signal.name == MLM_LOGITS for signal in self._needed) else []
+        tried = self._try(["embeddings", *maps, *head])
+        if MLM_BY_HEAD in self._vocabulary_logits and not tried["head"].holds:
+            raise RefusedError(
+                f"{MLM_BY_HEAD} is asked for, and {tried['head']}",
+                fix=f"--signals {MLM_LOGITS} stores the logits themselves",
+            )
         scores = self._try_scores(of_attention)
         require_true_scores_for(self._needed, None if scores is None or scores.holds else scores.why)
         holding = [name for name, shortcut in tried.items() if shortcut.holds]
-        sizes = sidecar_bytes(teacher, ("embeddings", *(name for name in holding if name in maps)))
+        sizes = sidecar_bytes(teacher, ("embeddings", *(name for name in holding if name in (*maps, *head))))
         return smallest(
             self._needed,
             entries_of(self._known["sizes"]),
@@ -307,11 +347,10 @@ class CacheTeacher(Stage):
     @property
     def _proofs(self) -> list[str]:
         """Proofs of what was tried and held."""
-        return [
-            f"{name}.proof"
-            for name in ("embeddings", "head", "attention")
-            if name in self._tried and self._tried[name].holds
-        ]
+        proofs = {"embeddings": "embeddings.proof", "head": "head.proof", "attention": "attention.proof"}
+        if self._teacher.masking is not None:
+            proofs["head"] = "mlm.proof"
+        return [proof for name, proof in proofs.items() if name in self._tried and self._tried[name].holds]
 
     def _chosen(self) -> dict[str, Any] | None:
         """The choice for people and `--json`; None where nothing was chosen."""
@@ -324,7 +363,11 @@ class CacheTeacher(Stage):
         sidecars = [*dict.fromkeys((*self._sidecars, *self._choice.sidecars))]
         shapes = shapes_for(self._teacher, self.student_layers)
         return {
-            "for": [*self.for_, *([f"profile {self.profile}"] if self.profile else [])],
+            "for": [
+                *self.for_,
+                *([f"profile {self.profile}"] if self.profile else []),
+                *([MLM_LOGITS] if self._vocabulary_logits else []),
+            ],
             "student_layers": shapes.student_layers,
             "signals": format_signals(self._signals),
             "sidecars": sidecars,
@@ -340,8 +383,11 @@ class CacheTeacher(Stage):
         if chosen is None:
             return
         for name, shortcut in self._tried.items():
-            if not shortcut.holds and name != "attention":
+            needless = name == "embeddings" and shortcut.signal not in self._needed
+            if not shortcut.holds and name != "attention" and not needless:
                 progress.info(f"{shortcut}; it is stored instead")
+            elif name == "head":
+                progress.info(str(shortcut), error=shortcut.error)
         costs = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen["bytes"].items())
         about = f", a student of {chosen['student_layers']} layers" if self.for_ else ""
         progress.info(f"for {', '.join(chosen['for'])}{about}: {costs}", chosen=chosen)
@@ -389,18 +435,30 @@ class CacheTeacher(Stage):
         """What --signals names; its default, logits, is not asked of a bare encoder when something else is."""
         from ...pipeline.store import parse_signals
 
-        signals = parse_signals(self.signals, self._teacher.num_layers)
         if self._chooses and not self._teacher.has_head and self.signals == "logits":
             return ()
+        items = [item for item in self.signals.split(",") if item.strip() not in self._vocabulary_logits]
+        signals = parse_signals(",".join(items), self._teacher.num_layers) if items else ()
         self._require_head(signals)
+        self._require_masks(signals)
         return signals
+
+    def _require_masks(self, signals: Sequence[Signal]) -> None:
+        masked = [signal for signal in signals if "mask" in signal.kind.dims]
+        if masked and self._teacher.masking is None:
+            raise RefusedError(
+                f"{', '.join(map(str, masked))}: what is said of masked tokens needs masked text",
+                fix="--mask-share 0.15, with a masked-LM teacher",
+            )
 
     def _require_head(self, signals: Sequence[Signal]) -> None:
         if not self._teacher.has_head and any(signal.name == "logits" for signal in signals):
             raise RefusedError(
                 f"teacher {self.teacher} has no classification head, so it gives no logits",
                 details={"architectures": ", ".join(self._teacher.config.architectures or ["(none)"])},
-                fix="fine-tune it first (kd train-teacher --model ...), or ask for hidden states only",
+                fix="fine-tune it first (kd train-teacher --model ...), or ask for hidden states only"
+                if self._teacher.masking is None
+                else f"a masked LM gives {MLM_LOGITS}",
             )
 
     @cached_property
@@ -570,7 +628,7 @@ class CacheTeacher(Stage):
         first = {spec.signal: spec.encoding for spec in declared if spec.plain}
         wanted: list[ArraySpec] = []
         for signal in self._signals:
-            there, asked = first.get(signal), self.hidden_dtype if signal.name.startswith("hidden.") else None
+            there, asked = first.get(signal), self.hidden_dtype if signal.name.startswith(STATES) else None
             if there is not None and asked not in (None, there):
                 raise RefusedError(
                     f"store {self.store} holds {signal} as {there}, --hidden-dtype asks for {asked}",
@@ -613,7 +671,7 @@ class CacheTeacher(Stage):
 
         job = CaptureJob(
             store=store,
-            teacher=str(teacher.folder) if Path(self.teacher).expanduser().is_dir() else self.teacher,
+            teacher=str(teacher.folder) if Path(teacher.source).expanduser().is_dir() else teacher.source,
             trust_remote_code=self.trust_remote_code,
             tensors=teacher.tensor_digest,
             dtype=self.dtype,

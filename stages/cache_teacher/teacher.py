@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ...pipeline.artifact import atomic_write_bytes
 from ...pipeline.errors import RefusedError, UsageError, near_match
 from ...pipeline.fingerprint import differing_fields, fingerprint
 from ...pipeline.user_cache import user_cache_folder
+from ..masking import Masking
 from .identity import behaviour_config, code_digest, code_references, tensor_digest, tokenizer_identity
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ TOKENIZER_FILES = {
     *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model"),
     *("sentencepiece.bpe.model", "spm.model", "bpe.codes", "tiktoken.model"),
 }
+MASKED_LM = ("ForMaskedLM", "ForPreTraining")
+"""Ends of the names of classes with a masked-LM head."""
 # Position ids of these models start at padding index + 1, which takes that many positions away.
 OFFSET_POSITIONS = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
@@ -57,8 +60,9 @@ class Teacher:
         folder: where its files are.
         config: its transformers config.
         tokenizer: its tokenizer.
-        has_head: whether it is a sequence classifier (gives logits) or a bare encoder (hidden states only).
+        has_head: whether it is a sequence classifier (gives logits) or is used as an encoder (hidden states only).
         trust_remote_code: whether code from the checkpoint may run.
+        masking: how its texts are masked, where it is used as a masked LM (see `masked`).
     """
 
     source: str
@@ -67,6 +71,7 @@ class Teacher:
     tokenizer: Any
     has_head: bool
     trust_remote_code: bool
+    masking: Masking | None = None
     _kept: list[nn.Module] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -100,7 +105,51 @@ class Teacher:
         """What entries of its outputs are made of."""
         from ...pipeline.store.signal import Sizes
 
-        return Sizes(label=self.num_labels, hidden=self.hidden_size, head=self.num_heads)
+        slots, vocabulary = (self.masking.slots, self.vocab_size) if self.masking else (0, 0)
+        return Sizes(self.num_labels, self.hidden_size, self.num_heads, slots, vocabulary)
+
+    @property
+    def head(self) -> str:
+        """What is loaded on top of the encoder: "sequence-classification", "masked-lm" or "none"."""
+        if self.masking is not None:
+            return "masked-lm"
+        return "sequence-classification" if self.has_head else "none"
+
+    @property
+    def is_masked_lm(self) -> bool:
+        """Whether the checkpoint has a masked-LM head, by its config."""
+        return any(name.endswith(MASKED_LM) for name in self.config.architectures or ())
+
+    def masked(self, *, share: float, seed: int, max_length: int) -> Teacher:
+        """It as a masked LM over masked texts.
+
+        Args:
+            share, seed: see `Masking`.
+            max_length: tokens per row asked for; the teacher may take fewer.
+
+        Raises:
+            RefusedError: it has no masked-LM head, or its tokenizer no mask token.
+        """
+        if not self.is_masked_lm:
+            architectures = self.config.architectures or []
+            raise RefusedError(
+                f"teacher {self.source} has no masked-LM head, and masked texts are for one",
+                details={"architectures": ", ".join(architectures or ["(none)"])},
+                fix="a checkpoint that AutoModelForMaskedLM opens whole; leave --mask-share out for hidden states",
+            )
+        if self.tokenizer.mask_token_id is None:
+            raise RefusedError(f"teacher {self.source}: its tokenizer has no mask token")
+        longest = min(max_length, self.max_tokens)
+        masking = Masking.of(self.tokenizer, share=share, seed=seed, max_length=longest)
+        return replace(self, masking=masking, _kept=[])
+
+    def as_captured(self, store: TeacherStore) -> Teacher:
+        """It as a store was captured: a masked LM where the store's rows are masked."""
+        capture = store.identity.capture
+        masking = Masking.from_capture(capture)
+        if masking is None:
+            return self
+        return self.masked(share=masking.share, seed=masking.seed, max_length=int(capture["max_length"]))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -148,12 +197,14 @@ class Teacher:
     @property
     def model_class(self) -> Any:
         """The transformers class that loads it, or None when its class comes with the checkpoint."""
-        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
-
-        mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if self.has_head else MODEL_MAPPING
         with suppress(KeyError):
-            return mapping[type(self.config)]
+            return self.auto_class._model_mapping[type(self.config)]
         return None
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class of transformers that loads it."""
+        return auto_class(self.head)
 
     @property
     def attention(self) -> str:
@@ -182,8 +233,7 @@ class Teacher:
         """Whether code that comes with the checkpoint takes part; trust alone does not make it."""
         if not self.trust_remote_code:
             return False
-        model = "AutoModelForSequenceClassification" if self.has_head else "AutoModel"
-        return model in (getattr(self.config, "auto_map", None) or {}) or any(
+        return self.auto_class.__name__ in (getattr(self.config, "auto_map", None) or {}) or any(
             type(part).__module__.startswith("transformers_modules.") for part in (self.config, self.tokenizer)
         )
 
@@ -195,7 +245,7 @@ class Teacher:
         """
         return {
             "model_type": self.config.model_type,
-            "head": "sequence-classification" if self.has_head else "none",
+            "head": self.head,
             "tensors": tensors or self.tensor_digest,
             "config": behaviour_config(self.config),
             **({"code": code_digest(self.folder)} if self.runs_own_code else {}),
@@ -320,6 +370,7 @@ def store_identity(teacher: Teacher, *, max_length: int, dtype: str) -> StoreIde
             "attention": teacher.attention,
             "label_names": teacher.label_names,
             "problem_type": teacher.problem_type,
+            **({} if teacher.masking is None else {"masking": teacher.masking.to_json()}),
         },
     )
 
@@ -331,6 +382,17 @@ def require_teacher_of(store: TeacherStore, teacher: Teacher) -> None:
     store.identity.require_equal(expected, url=store.url)
 
 
+def auto_class(head: str) -> Any:
+    """The Auto class of transformers for a teacher with that head (see `Teacher.head`)."""
+    import transformers
+
+    return {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "masked-lm": transformers.AutoModelForMaskedLM,
+        "none": transformers.AutoModel,
+    }[head]
+
+
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -339,12 +401,10 @@ def _load(teacher: Teacher, dtype: str) -> nn.Module:
 
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    auto = AutoModelForSequenceClassification if teacher.has_head else AutoModel
     try:
         with _quiet():
-            model, info = auto.from_pretrained(
+            model, info = teacher.auto_class.from_pretrained(
                 str(teacher.folder) if Path(teacher.source).expanduser().is_dir() else teacher.source,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=teacher.attention,
@@ -360,7 +420,7 @@ def _load(teacher: Teacher, dtype: str) -> nn.Module:
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         raise _unreadable(teacher.source, True, error) from error
-    if not teacher.has_head:
+    if teacher.head == "none":
         info = _without_pooler(model, info)
     _check_loaded(teacher, model, info)
     _check_config(teacher, model)
@@ -418,7 +478,8 @@ def _check_config(teacher: Teacher, model: nn.Module) -> None:
 def _belongs_inside(name: str, model: nn.Module) -> bool:
     """Whether an unused tensor of the checkpoint is part of this model (and not, say, of a pretraining head)."""
     parts = name.split(".")
-    if parts[-1] in COMPUTED_BUFFERS:
+    # BERT's checkpoints carry the head of next-sentence prediction beside the masked-LM head.
+    if parts[-1] in COMPUTED_BUFFERS or parts[:2] == ["cls", "seq_relationship"]:
         return False
     if any("lora_" in part or "adapter" in part for part in parts):
         return True
@@ -555,7 +616,7 @@ class _DigestFile:
             {
                 "format": 1,
                 "files": [[path, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path, s in stats],
-                "head": teacher.has_head,
+                "head": teacher.head,
                 # A later version may load the same file under other names.
                 "transformers": version("transformers"),
             }

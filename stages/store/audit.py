@@ -74,7 +74,7 @@ class AuditStore(Stage):
         from ..cache_teacher.teacher import describe_teacher, require_teacher_of
 
         store = open_store(self.store)
-        teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
+        teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code).as_captured(store)
         require_teacher_of(store, teacher)
         texts = SequentialTest(self.bad_share)
         checked = _check_texts(store, teacher, self._views(store), texts, self.max_rows, self.seed)

@@ -95,6 +95,11 @@ class ExportStore(Stage):
         """The signals to write; each in one encoding where one covers all rows."""
         from ...pipeline.store import SIGNALS, Signal, parse_signals
 
+        if "masking" in self._store.identity.capture:
+            raise RefusedError(
+                f"store {self._store.url} is of masked text, and an export has the text as it was before",
+                fix="read it with kd.open_store; docs/store-format.md says which tokens are masked",
+            )
         reader = self._reader
         held = [spec.signal for spec in reader.catalogue.specs.values() if spec.signal.name in SIGNALS]
         if self.format == "topk":

@@ -158,7 +158,8 @@ class PlanStore(Stage):
         store = open_store(self.store)
         if self.teacher is not None:
             capture = store.identity.capture
-            expected = store_identity(self._teacher, max_length=int(capture["max_length"]), dtype=str(capture["dtype"]))
+            teacher = self._teacher.as_captured(store)
+            expected = store_identity(teacher, max_length=int(capture["max_length"]), dtype=str(capture["dtype"]))
             store.identity.require_equal(expected, url=store.url)
         shards = tuple(range(store.catalogue().num_shards))
         if not shards:
@@ -377,4 +378,6 @@ def _facts(store: TeacherStore) -> tuple[int, Sizes]:
     capture = store.identity.capture
     labels = 1 if capture.get("problem_type") == "regression" else len(capture.get("label_names") or ())
     heads = int(config.get("num_attention_heads", 0))
-    return int(config["num_hidden_layers"]), Sizes(max(1, labels), int(config["hidden_size"]), heads)
+    masking = capture.get("masking")
+    of_masks = (0, 0) if masking is None else (int(masking["slots"]), int(config["vocab_size"]))
+    return int(config["num_hidden_layers"]), Sizes(max(1, labels), int(config["hidden_size"]), heads, *of_masks)

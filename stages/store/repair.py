@@ -101,6 +101,8 @@ class RepairStore(Stage):
         outcome = Outcome()
         store = self._open(outcome)
         if self._teacher is not None:
+            # From here on as the store was captured: over masked text, where its rows are.
+            self.__dict__["_teacher"] = self._teacher.as_captured(store)
             require_teacher_of(store, self._teacher)
         report, died = verify_with(self.store, context, workers=self.workers, cluster=self.cluster)
         if died:

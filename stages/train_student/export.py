@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...pipeline.artifact import atomic_write_bytes
 
+GENERAL_TAGS = {"masked-lm": "fill-mask", "encoder": "feature-extraction"}
+"""What hubs call students that are for no task in particular."""
 RECIPE = "recipe.yaml"
 """The phases of a run that had several, as `--recipe` reads them."""
 
@@ -150,7 +152,7 @@ def model_card(report: Report, *, model_type: str) -> str:
     """The model card, as Markdown with the metadata that hubs read."""
     header: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": GENERAL_TAGS.get(report.task, "text-classification"),
         "tags": ["kd-pipeline", model_type, *(["knowledge-distillation"] if report.role == "distilled" else [])],
     }
     if report.metrics:
@@ -158,6 +160,8 @@ def model_card(report: Report, *, model_type: str) -> str:
     origin = (
         "It learned from stored outputs of a teacher; the teacher was not loaded."
         if report.role == "distilled"
+        else "It learned masked words alone: the baseline that a distilled student is compared with."
+        if report.task in GENERAL_TAGS
         else "It learned from gold labels alone: the baseline that a distilled student is compared with."
     )
     rows = {
@@ -179,15 +183,7 @@ def model_card(report: Report, *, model_type: str) -> str:
         "",
         f"# {report.role.capitalize()} student `{report.student.partition(':')[0]}`",
         "",
-        f"A {report.task} text classifier made by `kd train-student`. {origin}",
-        "",
-        "```python",
-        "import kd",
-        "",
-        'student = kd.load_student("path/to/this/folder")',
-        'student(["a text"])  # logits',
-        "```",
-        *_plain_loading(model_type),
+        *(_general_use if report.task in GENERAL_TAGS else _use)(report.task, origin, model_type),
         "",
         "| | |",
         "|---|---|",
@@ -202,6 +198,30 @@ def model_card(report: Report, *, model_type: str) -> str:
         rest = len(report.label_names) - 100
         lines += [f"Labels: {shown}{f', and {rest} more' if rest > 0 else ''}", ""]
     return "\n".join(lines)
+
+
+def _use(task: str, origin: str, model_type: str) -> list[str]:
+    return [
+        f"A {task} text classifier made by `kd train-student`. {origin}",
+        "",
+        "```python",
+        "import kd",
+        "",
+        'student = kd.load_student("path/to/this/folder")',
+        'student(["a text"])  # logits',
+        "```",
+        *_plain_loading(model_type),
+    ]
+
+
+def _general_use(task: str, origin: str, model_type: str) -> list[str]:
+    opened = "AutoModelForMaskedLM" if task == "masked-lm" else "AutoModel"
+    return [
+        f"An encoder for no task in particular, made by `kd train-student` from text without labels. {origin}",
+        "Fine-tune it: `kd train-student --student path/to/this/folder`.",
+        "",
+        f"`{opened}.from_pretrained` and `AutoTokenizer.from_pretrained` open it.",
+    ]
 
 
 def _plain_loading(model_type: str) -> list[str]:

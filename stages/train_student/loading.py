@@ -55,7 +55,7 @@ def load_student(path: str | Path, *, device: str = "cpu") -> LoadedStudent:
     """Open a run folder, or any sequence classifier that transformers opens.
 
     Raises:
-        RefusedError: nothing there, or a run that is not finished.
+        RefusedError: nothing there, a run that is not finished, or a student of text without labels.
     """
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -63,10 +63,16 @@ def load_student(path: str | Path, *, device: str = "cpu") -> LoadedStudent:
             f"student {path}: no config.json in that folder",
             fix="give the --output-dir of a finished kd train-student",
         )
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from . import bilstm_model  # noqa: F401  (makes the Auto classes know the BiLSTM)
 
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if config.architectures and not any(name.endswith("ForSequenceClassification") for name in config.architectures):
+        raise RefusedError(
+            f"student {path} ({', '.join(config.architectures)}) is for no task: its classifier would be random",
+            fix=f"fine-tune it: kd train-student --student {path} --view VIEW",
+        )
     model = AutoModelForSequenceClassification.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )

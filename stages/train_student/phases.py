@@ -18,7 +18,7 @@ from ...pipeline.artifact import atomic_write_bytes
 from ..training_options import CHECKPOINTS, newest_checkpoint
 from .parts import Part, Place, place_of
 from .recipe import Phase
-from .trainer import Distillation
+from .trainer import Distillation, tied_names
 
 RECORD, TENSORS = "phase.json", "phase.safetensors"
 
@@ -135,7 +135,10 @@ def finish(folder: Path, student: PreTrainedModel, carried: CarriedProjections, 
     The record is written last and by rename: a phase is done when it has one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"student.{name}": value.detach().cpu() for name, value in student.state_dict().items()}
+    tied = tied_names(student)
+    tensors = {
+        f"student.{name}": value.detach().cpu() for name, value in student.state_dict().items() if name not in tied
+    }
     tensors |= {f"projections.{name}": value for name, value in carried.tensors.items()}
     # The record is the proof that these are whole; a kill before it leaves the checkpoints to go on from.
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS)
@@ -147,7 +150,8 @@ def finish(folder: Path, student: PreTrainedModel, carried: CarriedProjections, 
 def restore(folder: Path, student: nn.Module) -> CarriedProjections:
     """Put the student where a finished phase left it; what later phases go on with."""
     tensors = load_file(folder / TENSORS)
-    student.load_state_dict({n.removeprefix("student."): v for n, v in tensors.items() if n.startswith("student.")})
+    own = {n.removeprefix("student."): v for n, v in tensors.items() if n.startswith("student.")}
+    student.load_state_dict(own | {name: own[first] for name, first in tied_names(student).items()})
     kept = {n.removeprefix("projections."): v for n, v in tensors.items() if n.startswith("projections.")}
     return CarriedProjections(kept)
 

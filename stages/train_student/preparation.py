@@ -26,13 +26,14 @@ from ...pipeline.store.view import View, open_view
 from ..corpus.corpus import Corpus, load_corpus
 from ..corpus.schema import CorpusInfo
 from ..corpus.source import DatasetSource
+from ..masking import Masking
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
 from .intermediate_matches import expand_matches, is_matches_file
 from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
 from .methods.hard import Hard
 from .order import rows_per_step
 from .recipe import Phase, num_steps, read_recipe
-from .students import Start, Student, Task, TeacherFacts, parse_start, parse_student
+from .students import GENERAL, Start, Student, Task, TeacherFacts, parse_start, parse_student
 
 if TYPE_CHECKING:
     from .stage import TrainStudent
@@ -150,6 +151,11 @@ class Preparation:
             return frozenset()
         return frozenset.intersection(*(frozenset(list_sidecars(view.store.files)) for view in self.views))
 
+    @cached_property
+    def maskings(self) -> tuple[Masking, ...]:
+        """How the rows of each view are masked; empty where they are not."""
+        return tuple(filter(None, (Masking.from_capture(view.store.identity.capture) for view in self.views)))
+
     @property
     def role(self) -> str:
         """ "distilled", or "baseline" when no teacher signal is used."""
@@ -162,7 +168,9 @@ class Preparation:
 
     @cached_property
     def has_gold(self) -> np.ndarray:
-        """bool [N] over the rows of all views."""
+        """bool [N] over the rows of all views; of masked text, every row holds what is masked."""
+        if self.task.kind == "masked-lm":
+            return np.ones(sum(map(len, self.corpora)), bool)
         return np.concatenate([corpus.labels()[1] for corpus in self.corpora])
 
     @cached_property
@@ -264,6 +272,7 @@ def prepare(stage: TrainStudent) -> Preparation:
         shapes=shapes,
         eval_corpus=_eval_corpus(stage, corpora[0].info, task),
     )
+    _check_general(prepared, needed, reads_tokens)
     _check_tokens(prepared, needed, reads_tokens)
     _check_compilation(prepared)
     _check_coverage(prepared)
@@ -292,11 +301,11 @@ def _teacher_config(view: View) -> dict[str, object]:
 def _task(views: Sequence[View]) -> tuple[Task, tuple[Corpus, ...]]:
     """The task that all views share, and their examples with labels numbered the teacher's way."""
     infos = [CorpusInfo.from_json(dict(view.info)) for view in views]
-    kind = infos[0].task
+    kind = _kind(views[0], infos[0])
     names = _label_names(views[0], infos[0])
     for view, info in zip(views[1:], infos[1:], strict=True):
         differing = {
-            "task": (kind, info.task),
+            "task": (kind, _kind(view, info)),
             "text pairs": (infos[0].is_pair, info.is_pair),
             "label names": (names, _label_names(view, info)),
         }
@@ -306,21 +315,24 @@ def _task(views: Sequence[View]) -> tuple[Task, tuple[Corpus, ...]]:
     corpora = []
     for view, info in zip(views, infos, strict=True):
         corpus = Corpus(view.examples, info)
-        corpora.append(corpus if kind == "regression" else corpus.with_label_names(names, task=kind))
+        unnamed = kind in ("regression", *GENERAL)
+        corpora.append(corpus if unnamed else corpus.with_label_names(names, task=kind))
     return Task(kind, names, infos[0].is_pair), tuple(corpora)
 
 
+def _kind(view: View, info: CorpusInfo) -> str:
+    """The task of a view: that of its corpus, or a general one where neither it nor the teacher names labels."""
+    if "masking" in view.store.identity.capture:
+        return "masked-lm"
+    named = view.store.identity.capture.get("label_names") or info.label_names
+    return info.task if named or info.task == "regression" else "encoder"
+
+
 def _label_names(view: View, info: CorpusInfo) -> tuple[str, ...]:
-    """Names of the logits: the teacher's, or the corpus' for a teacher without a head."""
+    """Names of the logits: the teacher's, or the corpus' for a teacher without a head; none of a general task."""
     if info.task == "regression":
         return ("LABEL_0",)
-    names = tuple(view.store.identity.capture.get("label_names") or info.label_names)
-    if not names:
-        raise RefusedError(
-            f"view {view.path} names no labels: its corpus has none, and its teacher has no classification head",
-            fix="cache a labelled corpus, or a fine-tuned teacher",
-        )
-    return names
+    return tuple(view.store.identity.capture.get("label_names") or info.label_names)
 
 
 def _eval_corpus(stage: TrainStudent, info: CorpusInfo, task: Task) -> Corpus | None:
@@ -358,6 +370,43 @@ def _naming_what_fits(shapes: Shapes, student: str, reads_tokens: bool) -> Itera
         ) from None
 
 
+def _check_general(prepared: Preparation, needed: Sequence[Signal], reads_tokens: bool) -> None:
+    """Without labels there is nothing to evaluate by, and what reads a prediction needs masked text."""
+    task, stage = prepared.task, prepared.stage
+    if not task.is_general:
+        return
+    where = f"view {prepared.views[0].path}"
+    if stage.has_eval:
+        raise UsageError(
+            f"{where} has no labels, so there is nothing to evaluate the student on",
+            fix="leave --eval-dataset and --validation-fraction out; what fine-tunes the student evaluates it",
+        )
+    if task.kind == "encoder":
+        reading = {t.method.name for t in prepared.terms if "logits" in t.method.reads(prepared.shapes)}
+        if reading:
+            raise RefusedError(
+                f"method {' and '.join(map(repr, sorted(reading)))} reads a prediction, and {where} has neither labels "
+                "nor masked tokens",
+                fix="methods of hidden states and attention (tinybert, minilmv2), or capture with --mask-share",
+            )
+        return
+    if not reads_tokens:
+        raise RefusedError(f"the masked text of {where} is for a student that reads the teacher's tokens")
+    if Signal("logits") in needed:
+        names = {t.method.name for phase in prepared.recipe for t in phase.terms
+                 if Signal("logits") in t.method.signals(prepared.shapes)}  # fmt: skip
+        raise RefusedError(
+            f"method {' and '.join(map(repr, sorted(names)))} compares one prediction per example, and {where} is of "
+            "masked text",
+            fix="soft-target, hard and distilbert, or methods of hidden states and attention",
+        )
+    if not all(masking.alike(prepared.maskings[0]) for masking in prepared.maskings):
+        raise RefusedError(
+            "the views are masked differently, by more than the seed",
+            details=[f"{v.path}: {m.to_json()}" for v, m in zip(prepared.views, prepared.maskings, strict=True)],
+        )
+
+
 def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens: bool) -> None:
     """Token signals need a student that reads the teacher's tokens; several stores need one tokenizer and one shape."""
     teacher = prepared.teacher
@@ -393,6 +442,8 @@ def _check_compilation(prepared: Preparation) -> None:
     """Attention is watched from Python, as the student runs: a compiled graph would not call the watch."""
     if not prepared.stage.torch_compile:
         return
+    if prepared.task.kind == "masked-lm":
+        raise UsageError("a compiled student does not cut its head to masked tokens", fix="leave --torch-compile out")
     terms = [term for phase in prepared.phases for term in phase.terms]
     watching = {
         term.method.name

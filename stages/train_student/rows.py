@@ -3,7 +3,10 @@
 Rows of several views stand one after another; each keeps its own store. A batch is gathered by row number, so every
 student row meets its own teacher row whatever the order.
 
-Dimension key: N rows, B rows of a batch, T padded length, C labels.
+Where a store's rows are masked, they are masked here too, as the teacher read them.
+
+Dimension key: N rows, B rows of a batch, T padded length, C labels, M slots of a row for masked tokens, P masked tokens
+of a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from ...pipeline.ragged import Ragged
 from ...pipeline.store.reader import StoreReader
 from ...pipeline.store.scratch import passed
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
-from ..derivation import NUM_TOKENS
+from ..derivation import NUM_TOKENS, POSITIONS
+from ..masking import MaskedRows, Masking, merged
 
 Batch = dict[str, Any]
 
@@ -44,10 +48,12 @@ class StoreRows:
     Attributes:
         readers: one per store.
         rows: per reader, int64 row numbers in its store.
+        maskings: per reader, how its rows are masked; empty where they are not.
     """
 
     readers: Sequence[StoreReader]
     rows: Sequence[np.ndarray]
+    maskings: Sequence[Masking] = ()
     _starts: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +77,13 @@ class StoreRows:
         return _merged([(reader.gather(signal, rows), places) for reader, rows, places in self.parts(index_B)])
 
     def gather_padded(self, signal: Signal, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T, ...] a signal of tokens or [B, T, T, ...] of pairs, zeros beyond a row's, and lengths int64 [B]."""
+        """[B, T, ...] a signal of tokens or [B, T, T, ...] of pairs, zeros beyond a row's, and lengths int64 [B].
+
+        Token ids are those that the teacher read: masked, where it read them so.
+        """
+        if signal == TOKEN_IDS and self.maskings:
+            masked, lengths = self.masked(index_B)
+            return masked.ids_BT, lengths
         of_tokens = signal.kind.axis == "token"
         found = [
             (*(reader.gather_tokens if of_tokens else reader.gather_pairs)(signal, rows), places)
@@ -80,6 +92,16 @@ class StoreRows:
         lengths = _merged([(lengths, places) for _, lengths, places in found])
         width, axes = int(lengths.max(initial=0)), (1,) if of_tokens else (1, 2)
         return _merged([(_widened(values, width, axes), places) for values, _, places in found]), lengths
+
+    def masked(self, index_B: np.ndarray) -> tuple[MaskedRows, np.ndarray]:
+        """Rows as they were masked for the teacher, and lengths int64 [B]."""
+        found, lengths_B = [], np.zeros(len(index_B), np.int64)
+        of_reader = dict(zip(map(id, self.readers), self.maskings, strict=True))
+        for reader, rows, places in self.parts(index_B):
+            ids_BT, lengths_B[places] = reader.gather_tokens(TOKEN_IDS, rows)
+            masking = of_reader[id(reader)]
+            found.append((masking.apply(ids_BT, lengths_B[places], reader.row_keys(rows)), places))
+        return merged(found, int(lengths_B.max(initial=0))), lengths_B
 
     def tensors(
         self, signals: Sequence[Signal], index_B: np.ndarray, *, to_derive: bool = False
@@ -174,6 +196,7 @@ class Rows:
         stored: where the teacher's signals are; None when no method needs one.
         signals: the signals of a batch, or what they are derived from.
         to_derive: whether some are derived.
+        masks: where masked tokens and what stood there come from; None where texts are read as they are.
         row_signals: those among them that signals with one entry per row come from; None: those that have one.
     """
 
@@ -185,6 +208,7 @@ class Rows:
     stored: StoreRows | None = None
     signals: tuple[Signal, ...] = ()
     row_signals: tuple[Signal, ...] | None = None
+    masks: StoreRows | None = None
     to_derive: bool = False
 
     def __len__(self) -> int:
@@ -196,7 +220,8 @@ class Rows:
         Returns:
             `inputs` (keyword arguments of the student: ids and masks int64 [B, T]), `labels`, `has_gold` [B] and
             `signals` (teacher tensors by `str(signal)`, in the stored dtype; token states [B, T, ...] and scores
-            [B, H, T, T] are zero after a row's end).
+            [B, H, T, T] are zero after a row's end). Of masked rows also `positions` int64 [B, M] (see `MaskedRows`);
+            `labels` and `has_gold` are then [P], of the masked tokens row by row.
         """
         ids, lengths, segments = self.tokens.gather(index_B, segments=self.with_segments)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
@@ -206,6 +231,22 @@ class Rows:
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
         if segments is not None:
             inputs["token_type_ids"] = torch.from_numpy(segments.astype(np.int64))
+        if self.masks is not None:
+            masked, _ = self.masks.masked(index_B)
+            labels_P = torch.from_numpy(masked.labels_BM[masked.positions_BM >= 0])
+            positions = torch.from_numpy(masked.positions_BM)
+            signals = self._signals(index_B)
+            if signals:
+                if "mlm.logits" in signals:
+                    signals = {**signals, "mlm.logits": signals["mlm.logits"][positions >= 0]}
+                signals = {**signals, POSITIONS: positions}
+            return {
+                "inputs": inputs,
+                "labels": labels_P,
+                "has_gold": torch.ones_like(labels_P, dtype=torch.bool),
+                "signals": signals,
+                "positions": positions,
+            }
         return {
             "inputs": inputs,
             "labels": torch.from_numpy(self.labels[index_B]),

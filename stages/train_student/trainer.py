@@ -1,6 +1,6 @@
 """Training a student on Hugging Face's `Trainer`: the weighted loss, batches by step number, evaluation on whole sets.
 
-Dimension key: B rows of a batch, T padded length, N rows, C classes or labels.
+Dimension key: B rows of a batch, T padded length, N rows, C classes or labels, M slots of a row for masked tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
-from ..derivation import Derivation
+from ..derivation import Derivation, with_last_hidden_state
 from .attention_watch import AttentionWatch, watch_attention
 from .loader import BatchLoader, gather_ahead
 from .methods.base import Shapes, Targets, Term
@@ -83,11 +83,17 @@ class Distillation(nn.Module):
         has_gold: Tensor,
         signals: Mapping[str, Tensor] | None = None,
         negatives: Mapping[str, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """`loss` (scalar, weighted sum) and `terms` (scalars by name, each without its weight), for one batch."""
-        with self._attention or contextlib.nullcontext():
+        """`loss` (scalar, weighted sum) and `terms` (scalars by name, each without its weight), for one batch.
+
+        Args are what `Rows.batch` gives, and the signals of other rows.
+        """
+        with self._attention or contextlib.nullcontext(), _head_at(self.student, positions):
             output = self.student(**inputs, **self._hidden)
         outputs = self._family.watch(output, inputs["attention_mask"].bool())
+        if positions is not None:
+            outputs = dataclasses.replace(outputs, logits_BC=outputs.logits_BC[0], positions_BM=positions)
         if self._attention is not None:
             outputs = dataclasses.replace(outputs, heads=self._attention.heads())
         signals, negatives = signals or {}, negatives or {}
@@ -104,6 +110,44 @@ class Distillation(nn.Module):
                     loss = loss + term.weight * value
                     terms[name if name not in terms else f"{name}#{number + 1}"] = value.detach()
         return {"loss": loss, "terms": terms}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Each tensor once: what is tied, as a masked-LM head to the word table, stands under its first name."""
+        found = super().state_dict(*args, **kwargs)
+        for name in tied_names(self):
+            found.pop(kwargs.get("prefix", "") + name, None)
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `state_dict` gives it."""
+        tied = {name: state_dict[first] for name, first in tied_names(self).items() if first in state_dict}
+        return super().load_state_dict({**tied, **state_dict}, *args, **kwargs)
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several → the first one."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+@contextlib.contextmanager
+def _head_at(student: PreTrainedModel, positions_BM: Tensor | None) -> Iterator[None]:
+    """Inside, a masked LM computes its head at some tokens alone: logits [1, P, V], row by row."""
+    if positions_BM is None:
+        yield
+        return
+    rows_P, slots_P = torch.nonzero(positions_BM >= 0, as_tuple=True)
+    places_P = positions_BM[rows_P, slots_P]
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        return with_last_hidden_state(output, output[0][rows_P, places_P][None])
+
+    hook = student.base_model.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class StudentTrainer(Trainer):

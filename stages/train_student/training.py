@@ -150,7 +150,7 @@ def _train(
 def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Data:
     """The rows of a run, read from the views; nothing is gathered yet."""
     views = prepared.views
-    stored = StoreRows([view.reader for view in views], [view.rows for view in views])
+    stored = StoreRows([view.reader for view in views], [view.rows for view in views], prepared.maskings)
     if prepared.student.reads_teacher_tokens(prepared.teacher):
         tokens: TokenSource = StoredTokens(stored)
     else:
@@ -165,6 +165,7 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         stored=stored if prepared.signals else None,
         signals=prepared.sources(prepared.signals),
         row_signals=prepared.row_sources(prepared.signals),
+        masks=stored if prepared.maskings else None,
         to_derive=prepared.derives,
     )
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
@@ -343,6 +344,8 @@ def _limit_to_seen_rows(model: PreTrainedModel, data: Data) -> None:
     table = model.get_input_embeddings()
     if not isinstance(table, torch.nn.Embedding) or not table.weight.requires_grad:
         return
+    if data.rows.masks is not None:
+        return  # a masked LM is asked for every word, and its head may be this very table
     seen = data.rows.seen_tokens(data.train, table.num_embeddings)
     if len(seen) <= SEEN_SHARE * table.num_embeddings:
         model.set_input_embeddings(SeenRows(table, seen))

@@ -147,3 +147,36 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def masked_lm(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, sentences: list[str]) -> Path:
+    """Folder of a 2-layer BERT with a masked-LM head, trained for a moment on the sentences."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("masked-lm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    config = AutoConfig.from_pretrained(tiny_teacher)
+    config.id2label, config.label2id, config.problem_type = {}, {}, None
+    inputs = tokenizer(sentences, padding=True, return_tensors="pt")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForMaskedLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(40):
+            chosen = torch.randperm(len(sentences))[:32]
+            ids_BT, mask_BT = inputs["input_ids"][chosen], inputs["attention_mask"][chosen]
+            masked_BT = (torch.rand(ids_BT.shape) < 0.15) & (ids_BT > 4)
+            labels_BT = ids_BT.masked_fill(~masked_BT, -100)
+            seen_BT = ids_BT.masked_fill(masked_BT, tokenizer.mask_token_id)
+            model(input_ids=seen_BT, attention_mask=mask_BT, labels=labels_BT).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -222,8 +222,8 @@ def test_tensors_that_do_not_fit_are_named_and_never_filled_up_with_random_ones(
         value = found.pop(first)
         return found | {"transposed": {first: value[:, :-1].T}, "lacking": {}, "renamed": {"x": value}}[forged]
 
-    sound = Derivation(model.config, True, lambda sidecar: dict(tensors_of(model, sidecar)))
+    sound = Derivation(model.config, "sequence-classification", lambda sidecar: dict(tensors_of(model, sidecar)))
     for signal in ("attention.score@2", "hidden.tok@0", "logits"):
         assert sound.of(batch)[signal].isfinite().all()
         with pytest.raises(VerificationError, match="does not fit the teacher's config"):
-            Derivation(model.config, True, tensors).of(batch)[signal]
+            Derivation(model.config, "sequence-classification", tensors).of(batch)[signal]

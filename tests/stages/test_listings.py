@@ -78,6 +78,20 @@ def test_what_a_bare_encoder_does_not_give_is_said(tmp_path: Path, bert_base: st
     assert "not of this teacher" in stage.report(stage.run(StageContext()).summary)
 
 
+def test_a_masked_lm_is_asked_for_a_share_of_its_tokens(tmp_path: Path, bert_base: str) -> None:
+    for file in Path(bert_base).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    transformers.BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    found = listed(teacher=str(tmp_path), length=40)
+    assert found["mlm.hidden"]["bytes"] == 6 * 768 * 2 and found["mlm.logits"]["bytes"] == 6 * 30_522 * 2
+    assert found["mlm.logits"]["follows_from"] == "mlm.hidden with sidecar head"
+    assert found["mlm.hidden"]["follows_from"] == "hidden.tok of the last layer"
+    # Section 0.2 of the specification, in float32: a transform and the word table it is tied to.
+    assert found["sidecars"]["head"] == pytest.approx(4 * (768 * 768 + 768 * 30_522 + 2 * 30_522), rel=1e-3)
+    assert found["logits"]["bytes"] is None
+    assert listed(teacher=bert_base)["mlm.hidden"]["bytes"] is None
+
+
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(UsageError, match="--length 0"):
         ListSignals(length=0)

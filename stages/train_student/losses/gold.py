@@ -1,6 +1,6 @@
 """Losses against gold labels: pure functions of tensors.
 
-Dimension key: B examples, C classes or labels.
+Dimension key: B examples, C classes or labels, P masked tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ def gold_cross_entropy(student_BC: Tensor, label_B: Tensor, has_gold_B: Tensor) 
     """
     rows_B = functional.cross_entropy(wide(student_BC), label_B.masked_fill(~has_gold_B, 0).long(), reduction="none")
     return rows_B.masked_fill(~has_gold_B, 0.0).mean()
+
+
+def token_cross_entropies(student_PV: Tensor, label_P: Tensor) -> Tensor:
+    """[P]: cross-entropy in nats with the token that stood there.
+
+    >>> import torch
+    >>> [round(loss, 6) for loss in token_cross_entropies(torch.zeros(1, 4), torch.tensor([2])).tolist()]  # ln(4)
+    [1.386294]
+    """
+    return functional.cross_entropy(wide(student_PV), label_P, reduction="none")
 
 
 def gold_binary_cross_entropy(student_BC: Tensor, label_BC: Tensor, has_gold_B: Tensor) -> Tensor:

@@ -42,6 +42,19 @@ def soft_target_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float
     return divergence * temperature**2
 
 
+def soft_target_kls(student_PV: Tensor, teacher_PV: Tensor, *, temperature: float) -> Tensor:
+    """[P]: the same of each of P predictions, for whoever averages them (`over_masked`).
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> [round(value, 6) for value in soft_target_kls(student, teacher, temperature=2.0).tolist()]
+    [0.313684]
+    """
+    student_PV = (wide(student_PV) / temperature).log_softmax(-1)
+    teacher_PV = (wide(teacher_PV.detach()) / temperature).log_softmax(-1)
+    return functional.kl_div(student_PV, teacher_PV, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
 def flsw_temperatures(student_BC: Tensor, teacher_BC: Tensor, *, base: float, beta: float, gamma: float) -> Tensor:
     """[B] temperatures around `base`: lower, so sharper, where the student is further from the teacher than most.
 

@@ -36,6 +36,17 @@ def over_tokens(values_BT: Tensor, mask_BT: Tensor, pooling: Pooling = "kd") -> 
     return (values_BT.sum(1) / mask_BT.sum(1).clamp(min=1)).mean()
 
 
+def over_masked(values_P: Tensor, masked_BM: Tensor, pooling: Pooling = "kd") -> Tensor:
+    """The same of one number per masked token, row by row, where `masked_BM` is True.
+
+    >>> import torch
+    >>> masked = torch.tensor([[True, True], [True, False]])
+    >>> [over_masked(torch.tensor([1.0, 4.0, 7.0]), masked, pooling).item() for pooling in ("kd", "token")]
+    [4.75, 4.0]
+    """
+    return over_tokens(values_P.new_zeros(masked_BM.shape).masked_scatter(masked_BM, values_P), masked_BM, pooling)
+
+
 def over_pairs(values_BHTT: Tensor, mask_BT: Tensor, pooling: Pooling = "kd") -> Tensor:
     """The same of one number per head and pair of tokens: a pair counts where both of its tokens do.
 

@@ -1,6 +1,7 @@
 """What a method is: a named loss, the teacher signals it needs, the student outputs it reads, its projections.
 
 Dimension key: B examples, C classes, T token positions, D features; layer 0 is the embedding output, 1..L the blocks.
+Of masked text: M slots of an example for masked tokens, P masked tokens of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
+from ...derivation import at_positions
 from ..losses.reduce import wide
 from ..registry import Registry, join_options, spelled, split_options
 
@@ -25,8 +27,8 @@ class Shapes:
     """What a method may know of both models before either is built.
 
     Attributes:
-        task: "single-label", "multi-label" or "regression".
-        num_labels: C; 1 for regression.
+        task: "single-label", "multi-label" or "regression"; "masked-lm", or "encoder" where nothing is predicted.
+        num_labels: C; 1 for regression, 0 where there are no labels.
         token_widths: the student's D of token states, layer 0 first.
         sentence_widths: the student's D of sentence vectors, layer 0 first.
         teacher_layers: L of the teacher.
@@ -66,12 +68,13 @@ class StudentOutputs:
     """What one forward pass of a student shows to the methods.
 
     Attributes:
-        logits_BC: with gradient.
+        logits_BC: with gradient; of a masked LM [P, V], row by row, and of an encoder without a head [B, 0].
         mask_BT: bool, True at true tokens.
         token_states: [B, T, D] per layer, layer 0 first; empty when no method reads them.
         sentence_vector: the student's own summary [B, D] of a layer: [CLS], or what a BiLSTM pools.
         heads: what the attention of a block works on, by layer (1..L), before any dropout; empty when no method reads
             it.
+        positions_BM: of masked text, int64: which tokens are masked; below 0 in slots that are not used.
     """
 
     logits_BC: Tensor
@@ -79,6 +82,18 @@ class StudentOutputs:
     token_states: tuple[Tensor, ...] = ()
     sentence_vector: Callable[[int], Tensor] | None = None
     heads: Mapping[int, Heads] = dataclasses.field(default_factory=dict)
+    positions_BM: Tensor | None = None
+
+    @property
+    def masked_BM(self) -> Tensor:
+        """bool: slots of masked tokens that are used."""
+        assert self.positions_BM is not None
+        return self.positions_BM >= 0
+
+    def masked(self, layer: int) -> Tensor:
+        """[B, M, D] states of the masked tokens; zeros in slots that are not used."""
+        assert self.positions_BM is not None
+        return at_positions(self.token_states[layer], self.positions_BM)
 
     def token(self, layer: int) -> Tensor:
         """[B, T, D] states of a layer; garbage where `mask_BT` is False."""
@@ -116,8 +131,10 @@ class Targets:
 
     Attributes:
         signals: teacher tensors by `str(signal)`: logits [B, C], sentence vectors [B, D], token states [B, T, D],
-            attention scores [B, H, T, T], queries, keys and values [B, T, 3, D].
-        labels: int64 [B], float32 [B] or float32 [B, C] by task; anything where there is no gold.
+            attention scores [B, H, T, T], queries, keys and values [B, T, 3, D]; of masked tokens states [B, M, D]
+            and logits [P, V].
+        labels: int64 [B], float32 [B] or float32 [B, C] by task; anything where there is no gold. Of masked text
+            int64 [P]: what stood there.
         has_gold_B: bool, whether `labels` holds a gold label.
         negatives: the signals of K other rows, drawn for this step, where a method asks for them.
         seed, epoch: what a method's draws come from, so that they are the same on all ranks and after a resume.

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
-from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
 from .fit import project, widths_at
 from .layer_maps import layer_pairs
 
@@ -20,30 +21,40 @@ class DistilBert(Method):
     """Cosine distance between the last hidden states: the term that makes DistilBERT's loss of soft targets and labels.
 
     L = mean_b mean_t (1 - cos(W h_student[b, t, M], h_teacher[b, t, L])) over true tokens. The other two terms of the
-    paper are methods of their own; its weights are `soft-target:5:temperature=2,hard:2,distilbert:1`.
+    paper are methods of their own; its weights are `soft-target:5:temperature=2,hard:2,distilbert:1`. Over masked text
+    those two are over the vocabulary at the masked tokens, and the three are the loss that DistilBERT is pretrained
+    with.
 
-    `at`: `tok` every token, as in the paper (the student must read the teacher's tokens), `cls` the sentence vectors,
-    `mean` the means over tokens. `layer_map`: `final`, or pairs (student-teacher), `skip`, `last`, whose terms are
-    summed. `reduction`, for `tok`: `kd` as above; `token`, and `official` for the same, is one mean over all true
-    tokens of the batch, as the authors' code has it.
+    `at`: `tok` every token, as in the paper (the student must read the teacher's tokens), `mask` the masked ones alone,
+    `cls` the sentence vectors, `mean` the means over tokens. `layer_map`: `final`, or pairs (student-teacher), `skip`,
+    `last`, whose terms are summed. `reduction`, for `tok` and `mask`: `kd` as above; `token`, and `official` for the
+    same, is one mean over all true tokens of the batch, as the authors' code has it.
 
-    Signals: `hidden.tok`, `hidden.cls` or `hidden.mean` of the teacher's last layer. Student outputs: the same of its
-    own. Projections: one linear map per pair whose widths differ.
+    Signals: `hidden.tok`, `hidden.cls` or `hidden.mean` of the teacher's last layer, or `mlm.hidden`. Student outputs:
+    the same of its own. Projections: one linear map per pair whose widths differ.
     """
 
     source = "Sanh et al., DistilBERT, a distilled version of BERT, arXiv 1910.01108"
     layer_map: str = "final"
-    at: Literal["tok", "cls", "mean"] = "tok"
+    at: Literal["tok", "mask", "cls", "mean"] = "tok"
     reduction: Literal["kd", "token", "official"] = "kd"
 
     def _pairs(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
         return layer_pairs(self.layer_map, shapes, where="option 'layer_map' of method 'distilbert'")
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        return tuple(dict.fromkeys(Signal(f"hidden.{self.at}", teacher) for _, teacher in self._pairs(shapes)))
+        if self.at == "mask":
+            if shapes.task != "masked-lm":
+                raise Unfit("option 'at=mask' of method 'distilbert' is for masked text", fix="distilbert:at=tok")
+            if any(teacher != shapes.teacher_layers for _, teacher in self._pairs(shapes)):
+                raise UsageError("option 'at=mask' of method 'distilbert' is for the teacher's last layer alone")
+        return tuple(dict.fromkeys(self._signal(teacher) for _, teacher in self._pairs(shapes)))
+
+    def _signal(self, layer: int) -> Signal:
+        return Signal("mlm.hidden") if self.at == "mask" else Signal(f"hidden.{self.at}", layer)
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = {"tok": "token", "cls": "sentence", "mean": "mean"}[self.at]
+        kind = {"tok": "token", "mask": "token", "cls": "sentence", "mean": "mean"}[self.at]
         return tuple(dict.fromkeys(f"{kind}@{student}" for student, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
@@ -61,12 +72,17 @@ class DistilBert(Method):
     ) -> dict[str, Tensor]:
         terms = {}
         for own, other in self._pairs(shapes):
-            teacher = targets[Signal(f"hidden.{self.at}", other)]
-            if self.at == "tok":
+            teacher = targets[self._signal(other)]
+            if self.at in ("tok", "mask"):
+                states, true = (
+                    (student.token(own), student.mask_BT)
+                    if self.at == "tok"
+                    else (student.masked(own), student.masked_BM)
+                )
                 terms[f"distilbert.{own}-{other}"] = losses.token_cosine(
-                    project(projections, f"{own}-{other}", student.token(own)),
+                    project(projections, f"{own}-{other}", states),
                     teacher,
-                    student.mask_BT,
+                    true,
                     pooling="kd" if self.reduction == "kd" else "token",
                 )
             else:

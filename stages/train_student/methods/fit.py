@@ -49,7 +49,7 @@ def one_width(widths: Iterable[int], method: str) -> int:
 
 
 def widths_at(at: str, shapes: Shapes) -> tuple[int, ...]:
-    """The student's widths of what is compared `at` "cls" (its sentence vectors), "mean" or "tok", layer 0 first."""
+    """The student's widths, layer 0 first, of what is compared `at` "cls" (its sentence vectors) or elsewhere."""
     return shapes.sentence_widths if at == "cls" else shapes.token_widths
 
 

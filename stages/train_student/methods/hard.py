@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -20,10 +21,14 @@ class Hard(Method):
     multi-label and squared error for regression. Temperature 1. A row without gold counts 0 in the mean, so the loss
     does not depend on how rows fall into batches.
 
+    Of masked text the labels are the tokens that stood there: the masked-LM loss, a mean over an example's masked
+    tokens, then over examples; `reduction=token` is one mean over all of the batch.
+
     Signals: none. Student outputs: `logits`. Projections: none.
     """
 
     source = "the task loss"
+    reduction: Literal["kd", "token"] = "kd"
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         return ()
@@ -32,6 +37,9 @@ class Hard(Method):
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         assert targets.labels is not None and targets.has_gold_B is not None
+        if shapes.task == "masked-lm":
+            values_P = losses.token_cross_entropies(student.logits_BC, targets.labels)
+            return {"hard": losses.over_masked(values_P, student.masked_BM, self.reduction)}
         distance = {
             "single-label": losses.gold_cross_entropy,
             "multi-label": losses.gold_binary_cross_entropy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, methods
 
-LOGITS = Signal("logits")
+LOGITS, OF_MASKED = Signal("logits"), Signal("mlm.logits")
 
 
 @methods.register("soft-target")
@@ -26,7 +27,11 @@ class SoftTarget(Method):
     for it. `flsw` above 0 gives each example of a batch a temperature of its own, lower where the student is further
     off: T + flsw (mean(w) - w_b) with w_b = (1 - cos(z_student, z_teacher))^flsw_gamma (Wen et al., arXiv 1911.07471).
 
-    Signals: `logits`. Student outputs: `logits`. Projections: none.
+    Of masked text the student is a masked LM, and the distributions are those over the vocabulary at the masked tokens:
+    the mean over an example's, then over examples; `reduction=token` is one mean over all of the batch, as DistilBERT's
+    authors have it.
+
+    Signals: `logits`, or `mlm.logits` of masked text. Student outputs: `logits`. Projections: none.
     """
 
     source = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
@@ -34,6 +39,7 @@ class SoftTarget(Method):
     squared: bool = True
     flsw: float = 0.0
     flsw_gamma: float = 1.0
+    reduction: Literal["kd", "token"] = "kd"
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -52,13 +58,17 @@ class SoftTarget(Method):
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         if self.flsw and shapes.task != "single-label":
             raise UsageError(f"option 'flsw' of method 'soft-target' is for one label of several, not {shapes.task}")
-        return (LOGITS,)
+        return (OF_MASKED if shapes.task == "masked-lm" else LOGITS,)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         if shapes.task == "regression":
             return {"soft-target": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction="mean_all")}
+        if shapes.task == "masked-lm":
+            values_P = losses.soft_target_kls(student.logits_BC, targets[OF_MASKED], temperature=self.temperature)
+            value = losses.over_masked(values_P, student.masked_BM, self.reduction)
+            return {"soft-target": value if self.squared else value / self.temperature**2}
         if self.flsw:
             student_BC, teacher_BC = student.logits_BC, targets[LOGITS]
             temperature_B = losses.flsw_temperatures(

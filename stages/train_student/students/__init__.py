@@ -1,9 +1,10 @@
 """Students, one file each. Adding one: its file, its line here, its test."""
 
 from . import bert, bilstm, mobilebert
-from .base import Build, Start, Student, Task, TeacherFacts, parse_start, parse_student, students
+from .base import GENERAL, Build, Start, Student, Task, TeacherFacts, parse_start, parse_student, students
 
 __all__ = [
+    "GENERAL",
     "Build",
     "Start",
     "Student",

@@ -26,6 +26,8 @@ PROBLEM_TYPE = {
     "multi-label": "multi_label_classification",
     "regression": "regression",
 }
+GENERAL = ("masked-lm", "encoder")
+"""Kinds of task without labels."""
 START_KINDS = ("random", "embeddings", "vectors", "layers")
 
 
@@ -74,8 +76,9 @@ class Task:
     """What the student is to predict.
 
     Attributes:
-        kind: "single-label", "multi-label" or "regression".
-        label_names: names of the logits in their order; one name for regression.
+        kind: "single-label", "multi-label" or "regression"; "masked-lm" for the tokens of masked text, "encoder" for
+            nothing: a student of hidden states, to be fine-tuned.
+        label_names: names of the logits in their order; one name for regression, none for the last two.
         pair: whether examples have two texts.
     """
 
@@ -83,8 +86,23 @@ class Task:
     label_names: tuple[str, ...]
     pair: bool
 
+    @property
+    def is_general(self) -> bool:
+        """Whether there are no labels: the student is a start for others."""
+        return self.kind in GENERAL
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class of transformers for its models."""
+        import transformers
+
+        general = {"masked-lm": transformers.AutoModelForMaskedLM, "encoder": transformers.AutoModel}
+        return general.get(self.kind, transformers.AutoModelForSequenceClassification)
+
     def config_fields(self) -> dict[str, Any]:
         """The fields of a transformers config that say so."""
+        if self.is_general:
+            return {}
         return {
             "num_labels": len(self.label_names),
             "id2label": dict(enumerate(self.label_names)),
@@ -194,6 +212,8 @@ class Student(ABC):
     """Where the architecture is from."""
     starts: ClassVar[tuple[str, ...]] = ("random",)
     """Kinds of start it can make; the first is its default."""
+    general: ClassVar[bool] = False
+    """Whether it can be trained on text without labels, for a task to be named later."""
     training: ClassVar[Mapping[str, Any]] = {}
     """`TrainingArguments` it does well with, for what the user leaves open."""
 
@@ -216,6 +236,12 @@ class Student(ABC):
         Raises:
             UsageError, RefusedError: naming the option and what to change.
         """
+        if task.is_general and not self.general:
+            fitting = [name for name in students if students[name].general]
+            raise RefusedError(
+                f"student {self.name!r} is made for a task, and the view has no labels",
+                fix=f"--student {' or '.join(fitting)} or a checkpoint, or cache a labelled corpus",
+            )
         if start.kind not in self.starts:
             raise UsageError(f"student {self.name!r} cannot start from {start}; it knows {', '.join(self.starts)}")
         if start.kind in ("embeddings", "layers"):
@@ -270,4 +296,7 @@ def first_token_outputs(model_output: Any, mask_BT: Tensor) -> StudentOutputs:
     from ..methods.base import StudentOutputs
 
     states = tuple(model_output.hidden_states or ())
-    return StudentOutputs(model_output.logits, mask_BT, states, lambda layer: states[layer][:, 0])
+    logits = getattr(model_output, "logits", None)
+    if logits is None:  # an encoder without a head
+        logits = model_output.last_hidden_state.new_zeros(len(mask_BT), 0)
+    return StudentOutputs(logits, mask_BT, states, lambda layer: states[layer][:, 0])

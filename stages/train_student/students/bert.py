@@ -34,6 +34,7 @@ class Bert(Student):
 
     source = "Devlin et al., BERT, arXiv 1810.04805; sizes as in Turc et al., Well-Read Students, arXiv 1908.08962"
     starts: ClassVar[tuple[str, ...]] = ("embeddings", "random", "layers")
+    general: ClassVar[bool] = True
     training: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 2e-4,
         "per_device_train_batch_size": 32,
@@ -100,7 +101,7 @@ class Bert(Student):
         return self._heads(start, teacher), self._width(teacher)
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
-        from transformers import BertConfig, BertForSequenceClassification
+        from transformers import BertConfig
 
         width = self._width(teacher)
         copied = start.kind == "layers"
@@ -119,7 +120,7 @@ class Bert(Student):
             attention_probs_dropout_prob=self.dropout,
             **task.config_fields(),
         )
-        model = BertForSequenceClassification(config)
+        model = task.auto_class.from_config(config)
         if start.kind == "random":
             return Build(model)
         return Build(model, {"tensors_from_teacher": copy_into(model, self._start_tensors(start, teacher, width))})

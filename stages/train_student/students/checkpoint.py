@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Student):
-    """A checkpoint that `AutoModelForSequenceClassification` opens, with its own tokenizer.
+    """A checkpoint that `AutoModelForSequenceClassification` (of text without labels: `AutoModelForMaskedLM` or
+    `AutoModel`) opens, with its own tokenizer.
 
     When that tokenizer behaves as the teacher's, the student reads the teacher's token ids from the store and token
     signals fit; otherwise the texts are tokenised again. A head of another shape is made anew.
@@ -34,6 +35,7 @@ class Checkpoint(Student):
         "warmup_steps": 0.1,
     }
     starts: ClassVar[tuple[str, ...]] = ("checkpoint",)
+    general: ClassVar[bool] = True
 
     path: str
 
@@ -105,9 +107,7 @@ class Checkpoint(Student):
         return self.tokenizer
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
-        from transformers import AutoModelForSequenceClassification
-
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = task.auto_class.from_pretrained(
             self.path,
             dtype="float32",
             ignore_mismatched_sizes=True,

@@ -33,6 +33,7 @@ class MobileBert(Student):
 
     source = "Sun et al., MobileBERT: a Compact Task-Agnostic BERT, arXiv 2004.02984"
     starts: ClassVar[tuple[str, ...]] = ("embeddings", "random")
+    general: ClassVar[bool] = True
     training: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 5e-4,
         "per_device_train_batch_size": 32,
@@ -77,7 +78,7 @@ class MobileBert(Student):
         return self.heads, self.bottleneck_size
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
-        from transformers import MobileBertConfig, MobileBertForSequenceClassification
+        from transformers import MobileBertConfig
 
         width = self.hidden_size or teacher.hidden_size
         config = MobileBertConfig(
@@ -98,7 +99,7 @@ class MobileBert(Student):
             classifier_dropout=self.dropout,
             **task.config_fields(),
         )
-        model = MobileBertForSequenceClassification(config)
+        model = task.auto_class.from_config(config)
         if start.kind == "random":
             return Build(model)
         table_VD = fitted(teacher.word_table(), self.embedding_size, what="the teacher's word table")

@@ -103,6 +103,38 @@ def test_a_small_corpus_is_not_given_a_large_sidecar() -> None:
     assert names(choice) == ["attention.qkv@2"]
 
 
+MASKED_BASE = Sizes(label=0, hidden=768, head=12, mask=19, vocabulary=30_522)
+
+
+@pytest.mark.parametrize(
+    ("needed", "length", "options", "expected"),
+    [
+        ("mlm.logits", 128, {}, ["mlm.hidden", "head"]),
+        ("mlm.logits", 128, {"holds": False}, ["mlm.logits"]),
+        ("mlm.logits", 128, {"rows": 1}, ["mlm.hidden", "head"]),
+        # The states of all tokens are needed for their own sake: those of the masked ones are among them.
+        ("mlm.logits,hidden.tok@12", 128, {}, ["hidden.tok@12", "head"]),
+        ("mlm.logits,mlm.hidden", 128, {"holds": False}, ["mlm.logits", "mlm.hidden"]),
+        ("mlm.hidden", 128, {}, ["mlm.hidden"]),
+        # Rows of fewer tokens than slots.
+        ("mlm.logits", 18, {}, ["hidden.tok@12", "head"]),
+    ],
+)
+def test_a_masked_lms_logits_are_states_and_one_head_where_they_follow(
+    needed: str, length: int, options: dict[str, Any], expected: list[str]
+) -> None:
+    assert names(choose(needed, length, sizes=MASKED_BASE, **options)) == expected
+
+
+def test_a_few_logits_are_less_than_a_head() -> None:
+    choice = smallest(
+        parse_signals("mlm.logits", 12), entries([128], 10), MASKED_BASE, 12,
+        holds=lambda name: True, sidecar_bytes=lambda name: 96_000_000,
+    )  # fmt: skip
+    assert names(choice) == ["mlm.logits"]
+    assert choice.bytes_of == {"mlm.logits": 10 * 19 * 30_522 * 2}
+
+
 @pytest.fixture(scope="module")
 def deeper_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """Four layers, so that a student of half as many has layers to map."""

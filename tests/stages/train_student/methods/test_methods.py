@@ -64,7 +64,7 @@ def test_the_written_form_of_a_method_reads_back_as_itself(spec: str) -> None:
         ("soft-targets", "did you mean 'soft-target'?"),
         ("nonsense", "unknown method 'nonsense'"),
         ("soft-target:temprature=4", "did you mean 'temperature'?"),
-        ("hard:temperature=4", "'hard' has none"),
+        ("hard:temperature=4", "'hard' (known: reduction)"),
         ("soft-target:temperature=hot", "expected a number"),
         ("soft-target:temperature=0", "expected above 0"),
         ("soft-target:high", "the weight 'high'"),
@@ -238,7 +238,9 @@ def test_every_task_has_a_loss_that_falls_when_the_student_follows(task: str, sp
 def test_every_method_is_described_with_its_options_and_source() -> None:
     entries = {entry["name"]: entry for entry in methods.describe()}
     assert {"hard", "soft-target", "fitnets", "minilmv2"} <= set(entries)
-    assert entries["soft-target"]["options"] == {"temperature": 2.0, "squared": True, "flsw": 0.0, "flsw_gamma": 1.0}
+    assert entries["soft-target"]["options"] == {
+        **{"temperature": 2.0, "squared": True, "flsw": 0.0, "flsw_gamma": 1.0, "reduction": "kd"}
+    }
     assert all(entry["summary"].endswith(".") and entry["source"] for entry in entries.values())
 
 
