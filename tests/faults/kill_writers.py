@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "store"))
-from conftest import SPECS, answer, make_rows
+from conftest import PAIRS, SPECS, answer, make_rows
 
 from kd.pipeline import executor
 from kd.pipeline.ragged import Ragged
@@ -51,10 +51,11 @@ from kd.stages.cache_teacher import capture
 from kd.stages.cache_teacher.runner import SignalBatch
 
 IDENTITY = StoreIdentity(teacher={"digest": "t"}, tokenizer={"digest": "k"}, capture={"max_length": 128})
-LAYOUT = StoreLayout(rows_per_shard=8, tokens_per_shard=64, batch_tokens=32, chunk_bytes=64)
+LAYOUT = StoreLayout(rows_per_shard=8, tokens_per_shard=64, batch_tokens=32, chunk_bytes=64, pairs_per_shard=400)
 KILLS_PER_ROUND = 25
 PAUSE = time.sleep
-SPECS_OF = {spec.signal: spec for spec in SPECS}
+WRITTEN = (*SPECS, *PAIRS)
+SPECS_OF = {spec.signal: spec for spec in WRITTEN}
 IDS, SEGMENTS = make_rows(320)
 
 
@@ -77,7 +78,7 @@ def draw_work(rng: random.Random) -> tuple[Work, Work]:
     first, second = rng.choice(
         [((0, 120), (0, 120)), ((0, 100), (60, 160)), ((0, 160), (40, 80)), ((0, 80), (80, 160))]
     )
-    signals = [tuple(sorted(rng.sample(SPECS, rng.randint(1, 4)), key=SPECS.index)) for _ in range(2)]
+    signals = [tuple(sorted(rng.sample(WRITTEN, rng.randint(1, 5)), key=WRITTEN.index)) for _ in range(2)]
     compacting = rng.choice([(False, False), (True, False), (True, True)])
     return Work(*first, signals[0], compacting[0]), Work(*second, signals[1], compacting[1])
 
@@ -281,8 +282,11 @@ def check(folder: Path, works: tuple[Work, Work]) -> None:
             if spec.axis == "example":
                 found = reader.gather(spec.signal, rows)
             else:
-                padded, lengths = reader.gather_tokens(spec.signal, rows)
-                found = padded[np.arange(padded.shape[1]) < lengths[:, None]]
+                padded, lengths = (reader.gather_pairs if spec.axis == "pair" else reader.gather_tokens)(
+                    spec.signal, rows
+                )
+                inside = np.arange(padded.shape[1]) < lengths[:, None]
+                found = padded[inside if spec.axis == "token" else inside[:, :, None] & inside[:, None, :]]
             assert np.array_equal(found, answer(spec, ids, segments)), f"{spec.signal}: other values"
     held = {(path, shard) for path, files in catalogue.files.items() for shard in files}
     inputs = {(spec.path, shard) for spec in LAYOUT.input_specs for shard in range(catalogue.num_shards)}
@@ -298,8 +302,7 @@ def check(folder: Path, works: tuple[Work, Work]) -> None:
         writer = calm.writer(shard, [*specs])
         ids, segments = tokens_of(calm, shard)
         for spec in specs:
-            put = writer.put_tokens if spec.axis == "token" else writer.put_rows
-            put(spec.signal, np.arange(len(ids)), answer(spec, ids, segments))
+            writer.put(spec.signal, np.arange(len(ids)), answer(spec, ids, segments))
         writer.commit()
     assert open_store(folder).digest() == calm.digest(), "another digest than that of an undisturbed run"
 

@@ -19,7 +19,7 @@ import torch
 
 from kd.pipeline.errors import KdError, RefusedError
 from kd.pipeline.stage import StageContext, execute
-from kd.pipeline.store import open_store, verify_store
+from kd.pipeline.store import Signal, open_store, verify_store
 from kd.stages.cache_teacher import CacheTeacher, capture, runner
 from kd.stages.cache_teacher import teacher as teachers
 from kd.stages.store.repair import RepairStore
@@ -51,7 +51,7 @@ def one_teacher(tiny_teacher: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory: pytest.TempPathFactory, one_teacher: Path, sentences: list[str]) -> Any:
-    """A store of four shards and four signals with sidecars and views; half of its records are compacted."""
+    """A store of four shards, six signals on all axes, sidecars and views; half of its records are compacted."""
     folder = tmp_path_factory.mktemp("patient")
 
     def run(rows: int, signals: str) -> None:
@@ -74,7 +74,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory, one_teacher: Path, sentenc
     run(2 * ROWS, "logits,hidden.cls@1,hidden.tok@2")
     open_store(str(folder / "store")).compact()
     run(3 * ROWS + 8, "logits,hidden.cls@1,hidden.tok@2")
-    run(3 * ROWS + 8, "hidden.mean@1")
+    run(3 * ROWS + 8, "hidden.mean@1,attention.score@1,attention.qkv@2")
     shutil.rmtree(folder / "store" / ".staging", ignore_errors=True)
     made = inject.Patient(folder / "store")
     assert verify_store(str(folder / "store")).ok and len(made.files) > 40
@@ -105,7 +105,8 @@ def _read_without_refusal(patient: Any, fault: Any) -> str | None:
     row = fault.shard * reader.layout.rows_per_shard
     for signal in fault.unread:
         try:
-            (reader.gather_tokens if signal.startswith("hidden.tok") else reader.gather)(signal, [row])
+            gather = {"example": reader.gather, "token": reader.gather_tokens, "pair": reader.gather_pairs}
+            gather[Signal.parse(signal).kind.axis](signal, [row])
         except RefusedError as refused:
             if signal in refused.what and (f"shard {fault.shard})" in refused.what or "holds no" in refused.what):
                 continue

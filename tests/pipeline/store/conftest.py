@@ -26,6 +26,8 @@ SPECS = (
     array_spec(Signal("hidden.tok", 1), 4),
     array_spec(Signal("hidden.tok", 2), 4),
 )
+PAIRS = (array_spec(Signal("attention.score", 1), 2), array_spec(Signal("attention.qkv", 1), (3, 4)))
+"""What `SPECS` has not: pairs of tokens, and several vectors a token."""
 Made = tuple[TeacherStore, Ragged, Ragged, np.ndarray]
 LAYOUT = StoreLayout(rows_per_shard=8, tokens_per_shard=64, chunk_bytes=64)
 
@@ -43,9 +45,14 @@ def make_rows(count: int, seed: int = 0, longest: int = 9) -> tuple[Ragged, Ragg
 def answer(spec: ArraySpec, ids: Ragged, segments: Ragged) -> np.ndarray:
     """What the teacher says: integers that float16 holds exactly."""
     layer = spec.signal.layer or 0
+    if spec.axis == "pair":
+        # It tells which token attends and which is attended to.
+        pairs = [np.stack([np.repeat(row, len(row)), np.tile(row, len(row))], 1) for row in ids]
+        return np.concatenate(pairs).astype(np.float32) if pairs else np.zeros((0, 2), np.float32)
     if spec.axis == "token":
         position = np.concatenate([np.arange(n) for n in ids.lengths]) if len(ids) else np.zeros(0)
-        return np.stack([ids.values, position, np.full(len(position), layer), segments.values], 1).astype(np.float32)
+        found = np.stack([ids.values, position, np.full(len(position), layer), segments.values], 1).astype(np.float32)
+        return found if spec.shape == (4,) else np.stack([found, found + 1, -found], 1)
     sums = np.array([row.sum() % 2048 for row in ids])
     columns = [sums, ids.lengths, np.array([row.sum() for row in segments]), np.full(len(ids), layer)]
     return np.stack(columns, 1)[:, : spec.shape[0]].astype(np.float32)
