@@ -42,12 +42,14 @@ AGREEMENT = "agreement"
 """Metric of held-out rows: share of decisions equal to the teacher's."""
 
 
-TEACHER_SIZES = (
-    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
-    *("intermediate_size", "max_position_embeddings", "type_vocab_size"),
-)
+TEACHER_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "hidden_size", "vocab_size"), (None, 1)),
+    **dict.fromkeys(("num_attention_heads", "intermediate_size"), (1, 1)),
+    **dict.fromkeys(("max_position_embeddings", "type_vocab_size"), (0, 0)),
+}
+"""What students are shaped after: (where a config is silent, the least). None: that of any text encoder is not."""
 MAX_SIZE = 1 << 24
-"""Of what students are shaped after; a store may be anybody's."""
+"""Of those; a store may be anybody's."""
 
 
 @dataclass(frozen=True)
@@ -283,14 +285,21 @@ def prepare(stage: TrainStudent) -> Preparation:
 
 
 def _teacher_config(view: View) -> dict[str, object]:
+    """The fields of the teacher's config.json, those that its kind calls otherwise (`dim`) under both names."""
+    from transformers import CONFIG_MAPPING
+
     file = view.store.sidecar_folder("config") / "config.json"
     try:
         config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-        for name in TEACHER_SIZES:
-            size = config.get(name, 1)
-            if type(size) is not int or not 0 <= size <= MAX_SIZE:
+        kind = config.get("model_type")
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            aliases = CONFIG_MAPPING[kind].attribute_map.items()
+            config = {name: config[own] for name, own in aliases if own in config} | config
+        for name, (default, least) in TEACHER_SIZES.items():
+            size = config.get(name, default)
+            if type(size) is not int or not least <= size <= MAX_SIZE:
                 raise ValueError(f"{name} is {size!r}")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise VerificationError(
             f"the teacher's config.json that store {view.store.url} keeps is not one: {error}",
             fix="run kd cache-teacher with a new --store",

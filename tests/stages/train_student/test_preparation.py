@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd.pipeline.errors import KdError, RefusedError, UsageError
+from kd.pipeline.errors import KdError, RefusedError, UsageError, VerificationError
 from kd.stages.train_student import TrainStudent
+from kd.stages.train_student.preparation import _teacher_config
+from kd.stages.train_student.students import TeacherFacts
 
 
 def stage(view: Any, **fields: Any) -> TrainStudent:
@@ -27,6 +31,33 @@ def refusal(view: Any, **fields: Any) -> str:
     with pytest.raises(KdError) as error:
         stage(view, **fields).inputs()
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"dim": None}, "hidden_size is None"),
+        ({"n_layers": 0}, "num_hidden_layers is 0"),
+        ({"n_heads": "4"}, "num_attention_heads is '4'"),
+        ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
+        ({"model_type": ["distilbert"]}, "hidden_size is None"),
+    ],
+)
+def test_a_teacher_is_known_by_the_names_that_its_kind_gives_its_sizes(
+    tmp_path: Path, changes: dict[str, Any], words: str | None
+) -> None:
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=64).to_dict() | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    view: Any = SimpleNamespace(store=SimpleNamespace(url="a store", sidecar_folder=lambda name: tmp_path))
+    if words is not None:
+        with pytest.raises(VerificationError, match=words):
+            _teacher_config(view)
+        return
+    facts = TeacherFacts(view.store, _teacher_config(view))
+    assert (facts.num_layers, facts.hidden_size, facts.num_heads, facts.vocab_size) == (2, 32, 4, 99)
 
 
 def test_missing_signals_are_named_with_the_command_that_adds_them(
