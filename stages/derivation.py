@@ -96,8 +96,9 @@ class Derivation:
 
     def _maps_of(self, sidecar: str, width: int, device: torch.device) -> dict[str, Tensor]:
         tensors = self._tensors(sidecar)
-        out = len(np.atleast_1d(tensors.get("query.weight", ())))
-        out -= out % max(1, self.num_heads)  # heads are of one width
+        heads = max(1, self.num_heads)
+        # Heads are of one width.
+        out = max(1, len(np.atleast_1d(tensors.get("query.weight", ()))) // heads) * heads
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, width) for name in ("query", "key", "value")}
         shapes |= {f"{name}.bias": (out,) for name in ("query", "key", "value") if f"{name}.bias" in tensors}
         _require_shapes(sidecar, tensors, shapes)

@@ -203,7 +203,7 @@ def test_the_maps_are_computed_in_float32_whatever_the_student_trains_in(teacher
     assert torch.equal(plain, under)
 
 
-@pytest.mark.parametrize("forged", ["transposed", "lacking", "renamed"])
+@pytest.mark.parametrize("forged", ["transposed", "lacking", "renamed", "empty"])
 def test_tensors_that_do_not_fit_are_named_and_never_filled_up_with_random_ones(
     forged: str, tiny_teacher: Path
 ) -> None:
@@ -220,7 +220,15 @@ def test_tensors_that_do_not_fit_are_named_and_never_filled_up_with_random_ones(
         found = dict(tensors_of(model, sidecar))
         first = next(name for name, tensor in found.items() if tensor.ndim == 2)
         value = found.pop(first)
-        return found | {"transposed": {first: value[:, :-1].T}, "lacking": {}, "renamed": {"x": value}}[forged]
+        return (
+            found
+            | {
+                "transposed": {first: value[:, :-1].T},
+                "lacking": {},
+                "renamed": {"x": value},
+                "empty": {first: value[:0]},
+            }[forged]
+        )
 
     sound = Derivation(model.config, "sequence-classification", lambda sidecar: dict(tensors_of(model, sidecar)))
     for signal in ("attention.score@2", "hidden.tok@0", "logits"):

@@ -183,7 +183,13 @@ class TeacherFacts:
         tensors = self.tensors("embeddings")
         for name, value in tensors.items():
             if name.endswith(("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight", "wte.weight")):
-                return value
+                if value.ndim == 2 and len(value) == self.vocab_size and value.size and np.isfinite(value).all():
+                    return value
+                raise VerificationError(
+                    f"{name} of sidecar 'embeddings' of store {self.store.url} is no table of {self.vocab_size} words: "
+                    f"{list(value.shape)}" + ("" if np.isfinite(value).all() else ", not all of it finite"),
+                    fix=f"kd store audit {self.store.url} --teacher TEACHER, or train with --init random",
+                )
         raise RefusedError(
             f"sidecar 'embeddings' of store {self.store.url} has no table of word embeddings",
             details=sorted(tensors),

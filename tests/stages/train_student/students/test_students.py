@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd.pipeline.errors import RefusedError, UsageError
+from kd.pipeline.errors import RefusedError, UsageError, VerificationError
 from kd.pipeline.store import open_view
 from kd.stages.train_student.students import (
     Start,
@@ -305,3 +305,15 @@ def test_every_student_is_described() -> None:
     assert set(entries) == {"bert", "bilstm", "mobilebert"}
     assert entries["bilstm"]["options"]["hidden_size"] == 150
     assert all(entry["summary"].endswith(".") and entry["source"] for entry in entries.values())
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (0, 2), (2, 3), (1, 3, 2)])
+def test_a_word_table_of_another_shape_is_refused_whatever_its_checksum_says(shape: tuple[int, ...]) -> None:
+    class Store:
+        url = "some/store"
+
+        def sidecar(self, name: str) -> dict[str, np.ndarray]:
+            return {"bert.embeddings.word_embeddings.weight": np.zeros(shape, np.float32)}
+
+    with pytest.raises(VerificationError, match="is no table of 3 words"):
+        TeacherFacts(Store(), {"vocab_size": 3}).word_table()  # type: ignore[arg-type]
