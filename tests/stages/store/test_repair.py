@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -456,10 +457,15 @@ def test_options_that_do_not_go_together_are_refused(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_repair_the_same(store: Path, sound: Path, tiny_teacher: Path) -> None:
+def test_a_worker_repairs_the_same(store: Path, sound: Path, tiny_teacher: Path) -> None:
+    """One process for both rounds of work, verifying and computing: each that starts imports torch anew."""
+    from distributed import LocalCluster
+
     flip(store / "logits/c/0/0", 3)
     (store / "hidden.tok/02/c/2/0").unlink()
-    outcome = repair(store, tiny_teacher, workers=2)
+    quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with LocalCluster(n_workers=1, threads_per_worker=1, **quiet) as cluster:
+        outcome = repair(store, tiny_teacher, cluster=cluster.scheduler_address)
     assert outcome.failure is None and outcome.summary["rows_computed"] == ROWS + 8
     assert content(store) == content(sound)
 
