@@ -342,12 +342,15 @@ def cpu_seconds(*words: str) -> float:
 
 
 def test_help_answers_within_three_tenths_of_a_second() -> None:
-    # Processor time, the best of five. On a machine that is slow or busy, what it may cost follows from what Typer
-    # alone costs there: a third of it on the machine that this was measured on is ours.
-    asked = min(cpu_seconds("-m", "kd", "--help") for _ in range(5))
-    if asked > 0.3:
-        typer_alone = min(cpu_seconds("-c", "import typer.rich_utils") for _ in range(5))
-        assert asked <= 2.5 * typer_alone
+    # Processor time, the best of up to five. On a machine that is slow or busy, what it may cost follows from what
+    # Typer alone costs there: a third of it on the machine that this was measured on is ours.
+    asked: list[float] = []
+    while len(asked) < 5:
+        asked.append(cpu_seconds("-m", "kd", "--help"))
+        if asked[-1] <= 0.3:
+            return
+    typer_alone = min(cpu_seconds("-c", "import typer.rich_utils") for _ in range(5))
+    assert min(asked) <= 2.5 * typer_alone
 
 
 # --- every command -----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def refusal(view: Any, **fields: Any) -> str:
         ({"n_layers": 0}, "num_hidden_layers is 0"),
         ({"n_heads": "4"}, "num_attention_heads is '4'"),
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
-        ({"model_type": ["distilbert"]}, "hidden_size is None"),
+        ({"model_type": ["distilbert"]}, "num_hidden_layers is None"),
     ],
 )
 def test_a_teacher_is_known_by_the_names_that_its_kind_gives_its_sizes(
