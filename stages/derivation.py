@@ -175,7 +175,7 @@ def derivation_of(store: TeacherStore) -> Derivation:
     folder = store.sidecar_folder("config")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a kind says of values that are not its own
         raise RefusedError(
             f"the teacher's config.json that store {store.url} keeps cannot be read, and signals are derived by it",
             details=[str(error).splitlines()[0][:200]],

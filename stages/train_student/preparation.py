@@ -285,7 +285,7 @@ def prepare(stage: TrainStudent) -> Preparation:
 
 
 def _teacher_config(view: View) -> dict[str, object]:
-    """The fields of the teacher's config.json, those that its kind calls otherwise (`dim`) under both names."""
+    """The teacher's config, as its kind completes it; what that calls otherwise (`dim`) stands under both names."""
     from transformers import CONFIG_MAPPING
 
     file = view.store.sidecar_folder("config") / "config.json"
@@ -293,13 +293,13 @@ def _teacher_config(view: View) -> dict[str, object]:
         config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
         kind = config.get("model_type")
         if isinstance(kind, str) and kind in CONFIG_MAPPING:
-            aliases = CONFIG_MAPPING[kind].attribute_map.items()
-            config = {name: config[own] for name, own in aliases if own in config} | config
+            made = CONFIG_MAPPING[kind].from_dict(config)
+            config = {name: getattr(made, name) for name in made.attribute_map} | made.to_dict()
         for name, (default, least) in TEACHER_SIZES.items():
             size = config.get(name, default)
             if type(size) is not int or not least <= size <= MAX_SIZE:
                 raise ValueError(f"{name} is {size!r}")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except Exception as error:  # whatever a kind says of values that are not its own
         raise VerificationError(
             f"the teacher's config.json that store {view.store.url} keeps is not one: {error}",
             fix="run kd cache-teacher with a new --store",

@@ -75,11 +75,15 @@ class Bert(Student):
             )
         if start.kind != "layers":
             return
+        from transformers.activations import ACT2FN
+
         if teacher.config.get("model_type") != "bert":
             raise RefusedError(
                 f"--init {start} copies blocks of a BERT, and the teacher is a {teacher.config.get('model_type')}",
                 fix="--init embeddings",
             )
+        if str(teacher.config.get("hidden_act")) not in ACT2FN:
+            raise RefusedError(f"the teacher's activation {teacher.config.get('hidden_act')!r} is not known here")
         if width != teacher.hidden_size or heads != int(teacher.config["num_attention_heads"]):
             raise UsageError(
                 f"--init {start} needs the teacher's shape: width {teacher.hidden_size} and "

@@ -37,9 +37,9 @@ def refusal(view: Any, **fields: Any) -> str:
     ("changes", "words"),
     [
         ({}, None),
-        ({"dim": None}, "hidden_size is None"),
+        ({"dim": None}, "is not one"),
         ({"n_layers": 0}, "num_hidden_layers is 0"),
-        ({"n_heads": "4"}, "num_attention_heads is '4'"),
+        ({"n_heads": "4"}, "is not one"),
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"model_type": ["distilbert"]}, "num_hidden_layers is None"),
     ],
