@@ -167,6 +167,8 @@ def open_artifact(path: Path | str, *, kind: str | None = None) -> Artifact:
     manifest = read_manifest(path)
     if manifest is None:
         noun = kind or "artifact"
+        if (path / "store.json").exists():
+            raise RefusedError(f"{path} is a store, not a {noun}", fix=f"give the path of a {noun}")
         state = "has no manifest.json: its stage has not finished" if path.is_dir() else "does not exist"
         raise RefusedError(f"{noun} {path} {state}", fix=f"run the stage that makes the {noun} (again: it resumes)")
     if kind is not None and manifest["kind"] != kind:

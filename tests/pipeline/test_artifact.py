@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.pipeline.artifact import atomic_write_bytes, json_ready
+from kd.pipeline.artifact import atomic_write_bytes, json_ready, open_artifact
+from kd.pipeline.errors import RefusedError
 
 LOOP = """
 import sys
@@ -50,3 +51,9 @@ def test_numbers_of_every_kind_become_json() -> None:
 
     value = json_ready({"a": np.float32(0.5), "b": np.int64(3), "c": (1, float("nan")), 4: np.array(2.0), "d": {"e"}})
     assert json.loads(json.dumps(value, allow_nan=False)) == {"a": 0.5, "b": 3, "c": [1, None], "4": 2.0, "d": ["e"]}
+
+
+def test_a_store_in_the_place_of_an_artifact_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "store.json").touch()
+    with pytest.raises(RefusedError, match="is a store, not a view"):
+        open_artifact(tmp_path, kind="view")
