@@ -233,9 +233,13 @@ class LocalFiles(StoreFiles):
         return isinstance(other, LocalFiles) and other.root.resolve() == self.root.resolve()
 
     def is_empty(self, *, besides: Collection[str] = ()) -> bool:
-        if self.root.is_dir():
-            return not set(self.list("")) - {*besides}
-        return not self.root.exists()
+        # Asked once: a folder that another process makes between two looks would be neither absent nor a folder.
+        try:
+            return not set(os.listdir(self.root)) - {*besides}
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:
+            return False
 
     def readable(self, name: str) -> str:
         """Where an existing file is on disk, proven to be inside the store and regular (links can lead out of it).

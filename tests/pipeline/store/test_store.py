@@ -305,3 +305,17 @@ def test_two_processes_that_allocate_at_once_give_no_row_two_places(tmp_path: Pa
     keys = [store.reader().row_keys(store.read_tokens(s).rows) for s in range(store.catalogue().num_shards)]
     assert len({key.tobytes() for key in np.concatenate(keys)}) == sum(map(len, keys)) > 90
     assert store.verify().ok
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_no_foreign_one(
+    tmp_path: Path, identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_dir = Path.is_dir
+
+    def and_then_it_is_there(path: Path) -> bool:
+        found = is_dir(path)
+        (tmp_path / "s").mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", and_then_it_is_there)
+    assert create_or_open(tmp_path / "s", identity).catalogue().num_shards == 0
