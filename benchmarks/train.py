@@ -1,6 +1,6 @@
 """How fast a student trains from the store: against the same steps in memory, plain loops, and a live teacher.
 
-    python benchmarks/train.py [--quick] [--only step epoch resume] [--rows 20000] [--steps 5] [--rounds 40]
+    python benchmarks/train.py [--quick] [--only step epoch resume] [--rows 20000] [--steps 5] [--rounds 24]
 
 - step: optimiser steps of a BiLSTM (2 x 150 over 30,522 x 300 embeddings) with logits as targets, with token states of
   one layer as well, and in bfloat16. `kd` gathers every batch from the store's files. `in memory` is the same trainer
@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 5)")
     parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 1 if quick)")
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
-    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 40; 8 if quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 24; 8 if quick)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
     steps = options.steps or 5
     live_steps, live_rounds = options.live_steps or (1 if quick else 6), 1 if quick else 2
-    rounds = options.rounds or (8 if quick else 40)
+    rounds = options.rounds or (8 if quick else 24)
 
     quiet_transformers()
     figures: list[Figure] = []
