@@ -29,7 +29,10 @@ class Bert(Student):
 
     Starts: `embeddings` copies the teacher's word, position and segment tables and their LayerNorm, the word table
     reduced to its leading directions for a narrower student; `layers:1+3+5` also copies those blocks of a BERT
-    teacher of the same width, and its pooler and classifier where the store keeps them and their shapes fit.
+    teacher, and its pooler and classifier where the store keeps them. For a narrower student embeddings and blocks are
+    reduced to the leading directions of the word table, the products of query and key maps and of value and output
+    maps head by head by truncated SVD; heads and `intermediate_size` stay the teacher's, pooler and classifier start
+    anew.
     """
 
     source = "Devlin et al., BERT, arXiv 1810.04805; sizes as in Turc et al., Well-Read Students, arXiv 1908.08962"
@@ -66,7 +69,7 @@ class Bert(Student):
     def check(self, start: Start, teacher: TeacherFacts, task: Task) -> None:
         super().check(start, teacher, task)
         width, heads = self._width(teacher), self._heads(start, teacher)
-        if width % heads:
+        if width % heads and start.kind != "layers":
             raise UsageError(f"student 'bert' has width {width}, which {heads} heads do not divide", fix="give heads=N")
         if start.kind == "embeddings" and width > teacher.hidden_size:
             raise UsageError(
@@ -84,14 +87,26 @@ class Bert(Student):
             )
         if str(teacher.config.get("hidden_act")) not in ACT2FN:
             raise RefusedError(f"the teacher's activation {teacher.config.get('hidden_act')!r} is not known here")
-        if width != teacher.hidden_size or heads != int(teacher.config["num_attention_heads"]):
+        teacher_heads = int(teacher.config["num_attention_heads"])
+        if heads != teacher_heads:
             raise UsageError(
-                f"--init {start} needs the teacher's shape: width {teacher.hidden_size} and "
-                f"{teacher.config['num_attention_heads']} heads, not {width} and {heads}",
-                fix="leave hidden_size and heads out",
+                f"--init {start} copies attention head by head: {teacher_heads} heads as the teacher, not {heads}",
+                fix="leave heads out, or --init embeddings",
+            )
+        if width > teacher.hidden_size or width % heads:
+            nearest = [count for count in (width // heads * heads, (width // heads + 1) * heads) if count]
+            widths = " or ".join(str(count) for count in nearest if count <= teacher.hidden_size)
+            raise UsageError(
+                f"--init {start} reduces the teacher's width {teacher.hidden_size} to one that its {heads} heads "
+                f"divide, not to {width}",
+                fix=f"hidden_size={widths}" if width < teacher.hidden_size else "leave hidden_size out",
             )
         if self.intermediate_size not in (0, int(teacher.config["intermediate_size"])):
-            raise UsageError(f"--init {start} needs the teacher's intermediate_size", fix="leave intermediate_size out")
+            raise UsageError(
+                f"--init {start} needs the teacher's intermediate_size, {teacher.config['intermediate_size']}: behind "
+                "an activation nothing can be reduced",
+                fix="leave intermediate_size out",
+            )
         if max(start.layers) > teacher.num_layers:
             raise UsageError(f"--init {start}: the teacher has layers 1 to {teacher.num_layers}")
         if self.num_layers not in (0, len(start.layers)):
@@ -127,7 +142,19 @@ class Bert(Student):
         model = task.auto_class.from_config(config)
         if start.kind == "random":
             return Build(model)
+        if copied and width < teacher.hidden_size:
+            return self._narrowed(model, start, teacher, width)
         return Build(model, {"tensors_from_teacher": copy_into(model, self._start_tensors(start, teacher, width))})
+
+    def _narrowed(self, model: PreTrainedModel, start: Start, teacher: TeacherFacts, width: int) -> Build:
+        """The start from blocks of a wider teacher."""
+        from .narrowed import Directions, narrowed
+
+        directions = Directions.of(teacher.word_table(), width)
+        tensors = _without_prefix(teacher.tensors("embeddings")) | self._blocks(start, teacher)
+        reduced = narrowed(tensors, directions, heads=teacher.num_heads)
+        facts = {"tensors_from_teacher": copy_into(model, reduced), "table_kept": round(directions.share, 4)}
+        return Build(model, facts)
 
     def _start_tensors(self, start: Start, teacher: TeacherFacts, width: int) -> dict[str, np.ndarray]:
         """Teacher tensors by their names in the student."""
@@ -141,19 +168,23 @@ class Bert(Student):
             teacher.word_table(), width, what="the teacher's word table"
         )
         if start.kind == "layers":
-            blocks = _without_prefix(teacher.tensors("layers"))
-            for index, teacher_layer in enumerate(start.layers):
-                prefix = f"encoder.layer.{teacher_layer - 1}."
-                found = {name: value for name, value in blocks.items() if name.startswith(prefix)}
-                if not found:
-                    raise RefusedError(
-                        f"sidecar 'layers' of store {teacher.store.url} has no tensors of layer {teacher_layer}"
-                    )
-                tensors |= {
-                    f"encoder.layer.{index}.{name.removeprefix(prefix)}": value for name, value in found.items()
-                }
+            tensors |= self._blocks(start, teacher)
             if teacher.store.has_sidecar("head"):
                 tensors |= _without_prefix(teacher.tensors("head"))
+        return tensors
+
+    def _blocks(self, start: Start, teacher: TeacherFacts) -> dict[str, np.ndarray]:
+        """Tensors of the teacher's blocks by their names in the student."""
+        blocks = _without_prefix(teacher.tensors("layers"))
+        tensors: dict[str, np.ndarray] = {}
+        for index, teacher_layer in enumerate(start.layers):
+            prefix = f"encoder.layer.{teacher_layer - 1}."
+            found = {name: value for name, value in blocks.items() if name.startswith(prefix)}
+            if not found:
+                raise RefusedError(
+                    f"sidecar 'layers' of store {teacher.store.url} has no tensors of layer {teacher_layer}"
+                )
+            tensors |= {f"encoder.layer.{index}.{name.removeprefix(prefix)}": value for name, value in found.items()}
         return tensors
 
     def watch(self, model_output: Any, mask_BT: Tensor) -> StudentOutputs:

@@ -27,16 +27,21 @@ def standardized(table_VD: np.ndarray) -> np.ndarray:
     return np.asarray(centred_VD / max(float(centred_VD.std()), 1e-12), np.float32)
 
 
+def leading_directions(table_VD: np.ndarray, width: int) -> np.ndarray:
+    """[D, width]: the table's leading right singular vectors, their signs fixed: equal tables give equal results."""
+    values, vectors = np.linalg.eigh(table_VD.astype(np.float64).T @ table_VD.astype(np.float64))
+    vectors = vectors[:, np.argsort(-values, kind="stable")[:width]]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)[0]
+    return np.asarray(vectors * np.sign(largest))
+
+
 def reduced(table_VD: np.ndarray, width: int) -> np.ndarray:
     """[V, width]: coordinates of the rows along the table's leading right singular vectors.
 
     No table of this rank keeps the inner products between rows better (Eckart and Young); Mukherjee and Awadallah
-    (arXiv 2004.05686) start BiLSTMs so. Signs are fixed, so that equal tables give equal results.
+    (arXiv 2004.05686) start BiLSTMs so.
     """
-    values, vectors = np.linalg.eigh(table_VD.astype(np.float64).T @ table_VD.astype(np.float64))
-    vectors = vectors[:, np.argsort(-values, kind="stable")[:width]]
-    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)[0]
-    return np.asarray(table_VD @ (vectors * np.sign(largest)), np.float32)
+    return np.asarray(table_VD @ leading_directions(table_VD, width), np.float32)
 
 
 def fitted(table_VD: np.ndarray, width: int, *, what: str) -> np.ndarray:
