@@ -43,7 +43,7 @@ class Choice:
     Attributes:
         signals: stored, in order.
         sidecars: kept beside them, for what is derived.
-        bytes_of: of each signal, over all rows, and of each sidecar.
+        bytes_of: of each signal, over the rows that lack it, and of each sidecar; 0 for what is stored already.
     """
 
     signals: tuple[Signal, ...]
@@ -67,12 +67,14 @@ def smallest(
     sidecar_bytes: Callable[[str], int],
     kept: Collection[str] = (),
     hidden_dtype: str | None = None,
+    stored: Mapping[Signal, Entries] | None = None,
 ) -> Choice:
     """The cheapest choice that gives all that is needed; of equal ones, that which makes more possible.
 
     Args:
         needed: signals wanted, each as it would be stored.
-        entries: of the rows to be captured.
+        entries: of the rows of the corpus.
+        stored: how many of them the store holds of a signal already: those cost nothing.
         holds: whether a way of the lattice leads where it should, by its sidecar.
         sidecar_bytes: what a sidecar takes.
         kept: sidecars that are kept whatever is chosen here.
@@ -82,7 +84,11 @@ def smallest(
     sidecars: dict[str, None] = {}
 
     def cost(items: Iterable[Signal]) -> int:
-        return sum(sizes.of(_stored_as(item, hidden_dtype), entries) for item in items)
+        return sum(sizes.of(_stored_as(item, hidden_dtype), lacking(item)) for item in items)
+
+    def lacking(item: Signal) -> Entries:
+        there = (stored or {}).get(item)
+        return entries if there is None else {axis: max(0, count - there[axis]) for axis, count in entries.items()}
 
     if Signal("logits") in needed:
         signals[Signal("logits")] = None  # 4 bytes a label: nothing that gives them is smaller

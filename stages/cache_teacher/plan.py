@@ -166,6 +166,10 @@ def _choice_lines(chosen: Mapping[str, Any] | None) -> list[str]:
         f"  chosen   for {', '.join(chosen['for'])}",
         f"    --signals {chosen['signals']} --sidecars {','.join(chosen['sidecars']) or 'none'}",
     ]
-    for what, text in (("derived", chosen["derived"]), ("also possible", ", ".join(chosen["also_possible"]))):
+    for what, text in (
+        ("already stored", ", ".join(chosen["already_stored"])),
+        ("derived", chosen["derived"]),
+        ("also possible", ", ".join(chosen["also_possible"])),
+    ):
         lines += [f"    {what}: {text}"] if text else []
     return lines

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..corpus import Corpus
     from ..train_student.methods import Term
     from .capture import CapturedShard, CaptureJob
-    from .choice import Choice
+    from .choice import Choice, Entries
     from .shortcuts import Shortcut
     from .teacher import Teacher
 
@@ -307,16 +307,34 @@ class CacheTeacher(Stage):
         require_true_scores_for(self._needed, None if scores is None or scores.holds else scores.why)
         holding = [name for name, shortcut in tried.items() if shortcut.holds]
         sizes = sidecar_bytes(teacher, ("embeddings", *(name for name in holding if name in (*maps, *head))))
+        store = self._known["store"]
+        there = [] if store is None else [name for name in sizes if store.has_sidecar(name)]
         return smallest(
             self._needed,
             entries_of(self._known["sizes"]),
             teacher.sizes,
             teacher.num_layers,
             holds=holding.__contains__,
-            sidecar_bytes=sizes.__getitem__,
-            kept=self._sidecars,
+            sidecar_bytes=lambda name: 0 if name in there else sizes[name],
+            kept=(*self._sidecars, *there),
             hidden_dtype=self.hidden_dtype,
+            stored=self._held(store),
         )
+
+    def _held(self, store: TeacherStore | None) -> Mapping[Signal, Entries]:
+        """Entries of the corpus' rows that the store holds of each signal, as it would be stored now."""
+        from .already_stored import already_stored
+
+        if store is None:
+            return {}
+        held = already_stored(store, self._known["shards"])
+        encodings = {spec.signal: spec.encoding for spec in store.declared().values() if spec.plain}
+        asked = self.hidden_dtype
+        return {
+            signal: entries
+            for signal, entries in held.items()
+            if not signal.name.startswith("hidden.") or asked in (None, encodings[signal])
+        }
 
     def _try(self, sidecars: Sequence[str]) -> dict[str, Shortcut]:
         """What follows from sidecars for this very teacher; each is tried once."""
@@ -340,8 +358,8 @@ class CacheTeacher(Stage):
 
     @cached_property
     def _known(self) -> dict[str, Any]:
-        """From the moment that `plan` tokenised the corpus: `rows`, ids and segments of its first rows, and `sizes`,
-        how much the shards take that it stands in or will stand in."""
+        """From the moment that `plan` tokenised the corpus: `rows`, ids and segments of its first rows; `sizes`, how
+        much the shards take that it stands in or will stand in; `store`, or None, and `shards`, those of it."""
         return {}
 
     @property
@@ -372,6 +390,7 @@ class CacheTeacher(Stage):
             "signals": format_signals(self._signals),
             "sidecars": sidecars,
             "bytes": dict(self._choice.bytes_of),
+            "already_stored": [name for name, size in self._choice.bytes_of.items() if not size],
             "derived": format_signals(s for s in self._needed if s not in self._signals),
             "also_possible": [*possible_methods(self._signals, [*sidecars, *self._proofs], shapes, besides=names)],
         }
@@ -388,9 +407,11 @@ class CacheTeacher(Stage):
                 progress.info(f"{shortcut}; it is stored instead")
             elif name == "head":
                 progress.info(str(shortcut), error=shortcut.error)
-        costs = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen["bytes"].items())
+        costs = ", ".join(f"{name} {format_bytes(size)}" for name, size in chosen["bytes"].items() if size)
         about = f", a student of {chosen['student_layers']} layers" if self.for_ else ""
-        progress.info(f"for {', '.join(chosen['for'])}{about}: {costs}", chosen=chosen)
+        progress.info(f"for {', '.join(chosen['for'])}{about}: {costs or 'nothing to add'}", chosen=chosen)
+        if chosen["already_stored"]:
+            progress.info(f"counted as free, for the store has it: {', '.join(chosen['already_stored'])}")
         if chosen["derived"]:
             progress.info(f"derived when a student is trained: {chosen['derived']}")
         if chosen["also_possible"]:
@@ -540,7 +561,7 @@ class CacheTeacher(Stage):
         layout = self._layout(store, progress.warn)
         inputs, num_truncated = self._tokenise(layout, context)
         planned = preview(inputs, None if store is None else store.index())
-        self._known["rows"] = inputs.first_step()
+        self._known.update(rows=inputs.first_step(), store=store, shards=planned.shards)
         self._known["sizes"] = [*planned.sizes, *([] if store is None else store.shard_sizes(planned.shards))]
         self._say_choice(progress)
         specs = self._specs(store)

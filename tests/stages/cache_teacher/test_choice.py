@@ -135,6 +135,24 @@ def test_a_few_logits_are_less_than_a_head() -> None:
     assert choice.bytes_of == {"mlm.logits": 10 * 19 * 30_522 * 2}
 
 
+def test_what_the_store_holds_is_free_and_the_rest_of_it_is_not() -> None:
+    """15.4 has scores of short texts smaller than the layer below; not when that layer is stored already."""
+    at, length = {"example": 10, "token": 250, "pair": 6250}, {"hidden.tok@5": 38_400, "attention.score@6": 15_000}
+    for held, expected in (
+        (0, "attention.score@6"),
+        (5, "attention.score@6"),
+        (9, "hidden.tok@5"),
+        (10, "hidden.tok@5"),
+    ):
+        choice = smallest(
+            parse_signals("attention.score@6", 6), at, BERT_BASE, 6,
+            holds=lambda name: True, sidecar_bytes=lambda name: 1,
+            stored={Signal("hidden.tok", 5): entries([25], held)} if held else {},
+        )  # fmt: skip
+        assert str(choice.signals[0]) == expected
+        assert choice.bytes_of[expected] == length[expected] * (10 - held * (expected == "hidden.tok@5"))
+
+
 @pytest.fixture(scope="module")
 def deeper_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """Four layers, so that a student of half as many has layers to map."""
@@ -157,10 +175,23 @@ MAPS = ("embeddings", "attn_in@1", "attn_in@2")
     st.lists(st.integers(1, 60), min_size=1, max_size=20),
     st.sets(st.sampled_from(MAPS)),
     st.integers(0, 3000),
+    st.dictionaries(st.sampled_from(ATOMS), st.integers(1, 20), max_size=3),
 )
-def test_no_other_set_is_smaller(needed: set[Signal], lengths: list[int], holding: set[str], sidecar: int) -> None:
+def test_no_other_set_is_smaller(
+    needed: set[Signal], lengths: list[int], holding: set[str], sidecar: int, stored_rows: dict[Signal, int]
+) -> None:
+    """Also where the store holds some signals of the corpus' first rows, which then cost nothing."""
     sizes, there_are = Sizes(label=2, hidden=8, head=2), entries(lengths)
-    choice = smallest(needed, there_are, sizes, 2, holds=holding.__contains__, sidecar_bytes=lambda name: sidecar)
+    lacking = {signal: lengths[rows:] for signal, rows in stored_rows.items()}
+    choice = smallest(
+        needed, there_are, sizes, 2, holds=holding.__contains__, sidecar_bytes=lambda name: sidecar,
+        stored={signal: entries(lengths[:rows]) for signal, rows in stored_rows.items()},
+    )  # fmt: skip
+
+    def cost_of(signal: Signal) -> int:
+        left = lacking.get(signal, lengths)
+        return sizes.of(signal, entries(left)) if left else 0
+
     there = {*choice.sidecars, *PROOFS}
     for signal in needed:
         assert sources_of(signal, set(choice.signals).__contains__, there, 2), f"{signal} does not follow"
@@ -172,7 +203,7 @@ def test_no_other_set_is_smaller(needed: set[Signal], lengths: list[int], holdin
         for sidecars in itertools.combinations(sorted(holding), count):
             for size in range(min(len(useful), 4) + 1):
                 for stored in itertools.combinations(useful, size):
-                    cost = sum(sizes.of(s, there_are) for s in stored) + sidecar * len(sidecars)
+                    cost = sum(map(cost_of, stored)) + sidecar * len(sidecars)
                     if cost < found:
                         kept = {*sidecars, *PROOFS}
                         assert not all(sources_of(s, set(stored).__contains__, kept, 2) for s in needed), stored
@@ -192,6 +223,33 @@ def test_the_command_says_what_it_chose_what_it_costs_and_what_else_is_possible(
     assert {str(signal.bare) for signal in view.signals} == set(map(str, parse_signals(chosen["signals"], 2)))
     bench.capture(corpus, for_=("tinybert", "minilmv2"), student_layers=1)
     assert "already done" in bench.said[-1]
+
+
+def test_the_command_adds_the_least_to_what_its_store_holds(bench: Any, sentences: Any) -> None:
+    """Of texts above 8 tokens the tiny teacher's scores are larger than the states that they follow from."""
+    first, more = bench.corpus(sentences[:60]), bench.corpus(sentences[:70], name="more")
+    options: dict[str, Any] = {"for_": ("ir-kd:cosine=false",), "student_layers": 1, "dry_run": True}
+    chosen = bench.capture(first, **options).summary["chosen"]
+    assert chosen["signals"] == "logits,hidden.tok@1" and chosen["already_stored"] == []
+    assert set(chosen["bytes"]) == {"hidden.tok@1", "sidecar attn_in@2"} and min(chosen["bytes"].values()) > 0
+
+    bench.capture(first, signals="logits,attention.score@2")
+    summary = bench.capture(first, **options, overwrite=True).summary
+    assert summary["chosen"]["signals"] == "logits,attention.score@2" and summary["bytes_total"] == 0
+    assert summary["chosen"]["bytes"] == {"attention.score@2": 0}
+    assert summary["chosen"]["already_stored"] == ["attention.score@2"]
+    said = "\n".join(bench.said)
+    assert "a student of 1 layers: nothing to add" in said
+    assert "counted as free, for the store has it: attention.score@2" in said
+    # Ten more rows: their scores against the states of all seventy.
+    chosen = bench.capture(more, **options, overwrite=True).summary["chosen"]
+    assert chosen["signals"] == "logits,attention.score@2" and chosen["already_stored"] == []
+    assert 10 * 4 * 2 * 6**2 < chosen["bytes"]["attention.score@2"] < 10 * 4 * 2 * 20**2
+
+    bench.capture(first, signals="logits,attention.score@2", sidecars=("attn_in@2",))
+    bench.capture(first, signals="logits,attention.score@2,hidden.tok@1", output_dir=str(bench.folder / "both"))
+    chosen = bench.capture(first, **options, overwrite=True).summary["chosen"]
+    assert chosen["already_stored"] == ["hidden.tok@1", "sidecar attn_in@2"], "of equal ones, what makes more possible"
 
 
 @pytest.mark.parametrize(
