@@ -102,6 +102,7 @@ class Report:
                 "rows_per_step": self.training["rows_per_step"],
                 "rows_with_gold": self.training["rows_with_gold"],
                 "learning_rate": self._learning_rate(),
+                "lr_multipliers": list(self.arguments.get("lr_multipliers") or ()),
             },
             "task": self.task,
             "label_names": list(self.label_names),

@@ -31,6 +31,7 @@ from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
 from .intermediate_matches import expand_matches, is_matches_file
 from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
 from .methods.hard import Hard
+from .multipliers import parse_multipliers
 from .order import rows_per_step
 from .recipe import Phase, num_steps, read_recipe
 from .students import GENERAL, Start, Student, Task, TeacherFacts, parse_start, parse_student
@@ -257,10 +258,15 @@ def prepare(stage: TrainStudent) -> Preparation:
         teacher_heads=teacher.num_heads,
     )
     reads_tokens = student.reads_teacher_tokens(teacher)
+    multipliers = parse_multipliers(stage.lr_multipliers, num_layers=shapes.student_layers)
     with _naming_what_fits(shapes, stage.student, reads_tokens):
-        recipe = (Phase(terms=wanted, share=1.0),) if wanted else read_recipe(str(stage.recipe), stage, shapes)
+        if wanted:
+            recipe: tuple[Phase, ...] = (Phase(terms=wanted, share=1.0, multipliers=multipliers),)
+        else:
+            recipe = read_recipe(str(stage.recipe), stage, shapes)
         needed = [signal for phase in recipe for signal in phase.signals(shapes)]
-    phases = (Phase(terms=(Term(1.0, Hard()),), share=1.0),) if stage.baseline else recipe
+    on_gold = Phase(terms=(Term(1.0, Hard()),), share=1.0, multipliers=multipliers)
+    phases = (on_gold,) if stage.baseline else recipe
     prepared = Preparation(
         stage=stage,
         views=views,

@@ -11,10 +11,10 @@
         share: 0.7
         schedules: {soft-target.weight: "linear:start=4:end=1"}
 
-A phase has its methods, its length (`share` of all steps, or its own `max_steps` or `num_train_epochs`), and what it
-trains. In texts `{middle}` and `{last}` stand for layers of the student. With `per_layer` an entry stands for one
-phase per layer of the student, bottom first; its texts may then hold `{layer}`, `{pair}` (that layer and its teacher
-layer) and `{pairs}` (those up to it).
+A phase has its methods, its length (`share` of all steps, or its own `max_steps` or `num_train_epochs`; less, where it
+converges by its rule `until`), and what it trains. In texts `{middle}` and `{last}` stand for layers of the student.
+With `per_layer` an entry stands for one phase per layer of the student, bottom first; its texts may then hold
+`{layer}`, `{pair}` (that layer and its teacher layer) and `{pairs}` (those up to it).
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from ...pipeline.errors import KdError, UsageError, near_match
 from ...pipeline.settings import Settings, is_positive, read_settings
 from ...pipeline.store.signal import Signal
 from ..training_options import TrainingOptions
+from .convergence import LOSS, Convergence, parse_convergence
 from .methods import Method, Shapes, Term, parse_methods
 from .methods.hard import Hard
 from .methods.layer_maps import layer_pairs
+from .multipliers import Multiplier, parse_multipliers
 from .parts import Part, Place, lowest_first, parse_parts
 from .schedules import Schedule, parse_schedule
 
@@ -43,10 +45,13 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "load_best_model_at_end"),
+    *("max_grad_norm", "load_best_model_at_end", "early_stopping_patience"),
 )
 """Options of train-student that a phase may have for itself."""
-KEYS = ("name", "method", "share", *OPTIONS, "trainable", "unfreeze_every", "schedules", "per_layer")
+KEYS = (
+    *("name", "method", "share", *OPTIONS, "until"),
+    *("lr_multipliers", "trainable", "unfreeze_every", "schedules", "per_layer"),
+)
 OF_SELECTION = ("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model")
 
 
@@ -59,6 +64,8 @@ class Phase:
         terms: methods and weights.
         share: of all steps, or None where the options say how long it is.
         options: of train-student, that hold in this phase.
+        until: when it ends before its last step; None is never.
+        multipliers: of the learning rate, by part.
         trainable: what is trained; None is everything that the student's start leaves trainable.
         unfreeze_every: steps (below 1, a share of the phase) after which one more part is trained, the top one first;
             None trains all of them from the beginning.
@@ -70,6 +77,8 @@ class Phase:
     terms: tuple[Term, ...]
     share: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    until: Convergence | None = None
+    multipliers: tuple[Multiplier, ...] = ()
     trainable: tuple[Part, ...] | None = None
     unfreeze_every: float | None = None
     schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
@@ -115,6 +124,10 @@ class Phase:
         if self.share is not None:
             config["share"] = self.share
         config |= self.options
+        if self.until is not None:
+            config["until"] = str(self.until)
+        if self.multipliers:
+            config["lr_multipliers"] = [str(multiplier) for multiplier in self.multipliers]
         if self.trainable is not None:
             config["trainable"] = [part.text for part in self.trainable]
         if self.unfreeze_every is not None:
@@ -194,6 +207,12 @@ def read_recipe(file: str, stage: TrainStudent, shapes: Shapes) -> tuple[Phase, 
     if twice:
         raise UsageError(f"{file}: two phases are called {twice[0]!r}", fix="give every phase a `name` of its own")
     _check_lengths(phases, file, stage)
+    for phase in phases[:-1]:
+        if "early_stopping_patience" in phase.options and not phase.selects:
+            raise UsageError(
+                f"{file}: phase {phase.name!r} is not evaluated, and early_stopping_patience counts evaluations",
+                fix="load_best_model_at_end: true evaluates it, or give it a rule on its loss: until: loss",
+            )
     phases[-1] = dataclasses.replace(phases[-1], selects=True)
     return tuple(phases)
 
@@ -270,6 +289,10 @@ def _phase(entry: Settings, number: int, stage: TrainStudent, shapes: Shapes) ->
         terms=terms,
         share=checked("share", _positive) if "share" in entry else None,
         options=options,
+        until=checked("until", lambda text: _until(text, terms)) if "until" in entry else None,
+        multipliers=checked("lr_multipliers", lambda given: parse_multipliers(given, num_layers=shapes.student_layers))
+        if "lr_multipliers" in entry
+        else parse_multipliers(stage.lr_multipliers, num_layers=shapes.student_layers),
         trainable=checked("trainable", lambda given: parse_parts(_texts(given), num_layers=shapes.student_layers))
         if "trainable" in entry
         else None,
@@ -282,6 +305,8 @@ def _phase(entry: Settings, number: int, stage: TrainStudent, shapes: Shapes) ->
     except UsageError as error:
         raise UsageError(f"{entry.place()}: phase {name!r}: {error.what}", fix=error.fix) from None
     _check_reached(phase, shapes, entry)
+    if "lr_multipliers" in entry:
+        _check_multiplied(phase, shapes, entry)
     return phase
 
 
@@ -289,6 +314,14 @@ def _texts(value: Any) -> str | list[str]:
     if isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value)):
         return value
     raise UsageError(f"{value!r} is not a text or a list of texts")
+
+
+def _until(text: Any, terms: Sequence[Term]) -> Convergence:
+    rule = parse_convergence(str(text))
+    known = [LOSS, *(term.method.name for term in terms)]
+    if rule.of.partition(".")[0] not in known:
+        raise UsageError(f"{rule.of!r} is nothing that is watched here{near_match(rule.of, known)}")
+    return rule
 
 
 def _positive(value: Any) -> float:
@@ -354,6 +387,19 @@ def _check_lengths(phases: Sequence[Phase], file: str, stage: TrainStudent) -> N
             f"--{given[0].replace('_', '-')} and phases with lengths of their own exclude each other",
             fix=f"leave it out, or give the phases of {file} a `share` each",
         )
+
+
+def _check_multiplied(phase: Phase, shapes: Shapes, entry: Settings) -> None:
+    """Every part that a phase gives a learning rate of its own is trained in it."""
+    places = lowest_first(phase.trainable, shapes.student_layers)
+    if phase.trainable is None or any(Place("projections") in part for part in phase.trainable):
+        places.append(Place("projections"))
+    for multiplier in phase.multipliers:
+        if not any(place in multiplier.part for place in places):
+            trained = ", ".join(map(str, places))
+            raise UsageError(
+                f"{entry.place('lr_multipliers')}: phase {phase.name!r} trains {trained}, not {multiplier.part.text}"
+            )
 
 
 def _check_reached(phase: Phase, shapes: Shapes, entry: Settings) -> None:

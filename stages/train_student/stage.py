@@ -55,6 +55,12 @@ class TrainStudent(TrainingOptions):
         metavar="START",
         panel=STUDENT,
     )
+    lr_multipliers: tuple[str, ...] = option(
+        (),
+        help="Learning rates of parts, as multiples of --learning-rate: embeddings:0.1,layers<=2:0.5,head:5.",
+        metavar="PART:FACTOR,...",
+        panel=STUDENT,
+    )
     baseline: bool = option(
         False,
         help="Train the same student from the same start for as many steps on gold labels alone.",
@@ -106,6 +112,9 @@ class TrainStudent(TrainingOptions):
     def identity_config(self) -> dict[str, Any]:
         """The fields that change the result: a recipe's phases; a rank's slice of a step as an accumulated pass."""
         config = super().identity_config()
+        if not self.lr_multipliers:
+            # A run without them is the one it was before there were any.
+            del config["lr_multipliers"]
         if self.recipe is None:
             del config["recipe"]
         else:

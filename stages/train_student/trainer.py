@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from ...pipeline.errors import RefusedError
 from ..derivation import Derivation, with_last_hidden_state
 from .attention_watch import AttentionWatch, watch_attention
+from .convergence import ConvergenceCallback
 from .loader import BatchLoader, gather_ahead
 from .methods.base import Shapes, Targets, Term
+from .multipliers import FACTOR, Multiplier, regrouped
 from .negatives import NegativeRows
 from .order import BatchOrder
 from .rows import Batch, Rows
@@ -159,6 +161,7 @@ class StudentTrainer(Trainer):
         first_step: optimiser steps that an interrupted run has done.
         eval_rows: to evaluate on, or None.
         score: metrics from logits [N, C] on the evaluation rows, in their order.
+        multipliers: of the learning rate, by part.
         arguments: as those of `Trainer` (`model`, `args`, `callbacks`, ...).
     """
 
@@ -170,8 +173,10 @@ class StudentTrainer(Trainer):
         first_step: int = 0,
         eval_rows: Rows | None = None,
         score: Callable[[np.ndarray], Metrics] | None = None,
+        multipliers: Sequence[Multiplier] = (),
         **arguments: Any,
     ) -> None:
+        self._multipliers = tuple(multipliers)
         super().__init__(train_dataset=rows, eval_dataset=eval_rows, data_collator=_as_it_is, **arguments)
         threads = self.args.dataloader_num_workers
         pinned = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
@@ -204,6 +209,22 @@ class StudentTrainer(Trainer):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
+    # --- learning rates ------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimiser, its parameters grouped by the multipliers of their learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self._multipliers:
+            names = {id(parameter): name for name, parameter in self.distillation.named_parameters()}
+            optimizer.param_groups[:] = regrouped(optimizer.param_groups, names, self._multipliers)
+        return optimizer
+
+    def _get_learning_rate(self) -> float:
+        # That of the first group is shown, whose part may have a rate of its own.
+        assert self.optimizer is not None
+        return super()._get_learning_rate() / float(self.optimizer.param_groups[0].get(FACTOR, 1.0))
+
     # --- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -217,6 +238,9 @@ class StudentTrainer(Trainer):
         for name, value in outputs["terms"].items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._num_summed += 1
+        if (rule := self.convergence) is not None:
+            watched = rule.watched(outputs["loss"], outputs["terms"])
+            rule.see(self.accelerator.reduce(watched, "mean"))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -235,6 +259,13 @@ class StudentTrainer(Trainer):
                     fix="lower --learning-rate, or clip with --max-grad-norm",
                 )
         super().log(logs, start_time)
+
+    @property
+    def convergence(self) -> ConvergenceCallback | None:
+        """The rule that may end training before its last step."""
+        # Looked for again: a resume puts another in its place.
+        rules = (callback for callback in self.callback_handler.callbacks if isinstance(callback, ConvergenceCallback))
+        return next(rules, None)
 
     def _mean_terms(self) -> dict[str, float]:
         """Mean of every loss term since the last log, over all ranks."""

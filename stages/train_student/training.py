@@ -29,7 +29,9 @@ from ..corpus.corpus import Corpus
 from ..derivation import derivation_of
 from ..metrics import agreement, task_metrics
 from ..training_options import attach_progress
+from .convergence import had_ended
 from .export import RECIPE, Report, export_run
+from .multipliers import idle
 from .order import BatchOrder
 from .phases import CarriedProjections, PhaseCallback, facts_of, finish, phase_folder, reached, restore, training_only
 from .preparation import AGREEMENT, Preparation
@@ -135,10 +137,15 @@ def _train(
     name = "training" if count == 1 else f"phase {number + 1}/{count} {phase.name}"
     attach_progress(trainer, context.progress, name)
     distillation = trainer.distillation
+    idling = idle(phase.multipliers, (parameter for parameter, _ in distillation.named_parameters()))
+    if idling and count == 1:
+        context.progress.warn(f"--lr-multipliers {', '.join(map(str, idling))}: nothing of that is trained here")
     with training_only(distillation, phase.trainable), _stopping_at_interrupt(trainer) as interrupt:
         trainer.add_callback(interrupt)
         trainer.add_callback(PhaseCallback(phase, distillation, prepared.shapes.student_layers))
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.convergence is not None and trainer.convergence.ended is not None:
+        context.progress.info(f"{name}: converged at step {trainer.convergence.ended} of {prepared.steps[number]}")
     if interrupt.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     return float(result.training_loss), interrupt.stopped
@@ -283,7 +290,10 @@ def make_trainer(
     args.max_steps = prepared.steps[number]
     first_step = 0
     if checkpoint is not None:
-        first_step = int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])
+        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        first_step = int(state["global_step"])
+        if had_ended(state.get("stateful_callbacks", {})):
+            args.max_steps = first_step
     if first_step >= args.max_steps:
         # Interrupted after its last step: what that epoch's end brings has been.
         args.eval_strategy, args.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
@@ -310,12 +320,15 @@ def make_trainer(
         first_step=first_step,
         eval_rows=data.evaluation,
         score=None if data.evaluation is None else _scorer(prepared, data),
+        multipliers=phase.multipliers,
     )
     if number:
         # The Trainer has set the seed of the run.
         set_seed(args.seed + number + args.process_index * len(prepared.phases))
     if stage.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(stage.early_stopping_patience))
+    if phase.until is not None:
+        trainer.add_callback(phase.until.callback(prepared.steps[number]))
     return trainer
 
 
@@ -429,11 +442,13 @@ def _phase_facts(
         "name": phase.name,
         "method": phase.method,
         "steps": state.global_step,
-        "max_steps": state.max_steps,
+        "max_steps": prepared.steps[number],
+        **({} if trainer.convergence is None else {"converged_at": trainer.convergence.ended}),
         "epochs": round(state.global_step / order.steps_per_epoch, 3),
         "rows": len(data.train_in(phase)),
         "rows_per_step": order.rows_per_step,
         "learning_rate": trainer.args.learning_rate,
+        **({"lr_multipliers": list(map(str, phase.multipliers))} if phase.multipliers else {}),
         "trainable": "all" if phase.trainable is None else [part.text for part in phase.trainable],
         "best_step": state.best_global_step or None,
         "train_loss": train_loss,

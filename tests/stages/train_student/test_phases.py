@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import kd
 from kd.pipeline.artifact import open_artifact
 from kd.pipeline.config import build_stage, read_config
-from kd.pipeline.errors import RefusedError
+from kd.pipeline.errors import RefusedError, UsageError
 from kd.pipeline.stage import NullProgress, StageContext, execute
 from kd.stages.train_student import TrainStudent
 from kd.stages.train_student.trainer import Distillation
@@ -36,7 +36,13 @@ KD = {
     "unfreeze_every": 3,
     "schedules": {"soft-target.weight": "linear:start=4:end=1"},
 }
-LAST = {"name": "last", "method": "fitnets:layer_map=1-1,soft-target", "share": 0.2, "learning_rate": 1e-4}
+LAST = {
+    "name": "last",
+    "method": "fitnets:layer_map=1-1,soft-target",
+    "share": 0.2,
+    "learning_rate": 1e-4,
+    "lr_multipliers": ["embeddings:0.5", "projections:3"],
+}
 
 
 @pytest.fixture
@@ -375,3 +381,62 @@ def test_a_bilstm_goes_through_phases_too(view: Any, recipe: Callable[..., Path]
     )
     train(view, tmp_path / "run", file, student="bilstm:hidden_size=6:head_size=8", max_steps=6)
     assert kd.load_student(tmp_path / "run")(view.texts[:2]).shape == (2, 3)
+
+
+CONVERGING = {"name": "a", "method": "soft-target", "share": 0.5, "until": "loss:every=2:patience=2:improvement=0.9"}
+
+
+def test_a_phase_that_has_converged_ends_and_the_next_one_begins_also_after_a_kill_and_an_interrupt(
+    view: Any, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No window of two steps is a tenth of the first: the third one ends it. Checkpoints are of steps 3 and 6."""
+    file = recipe(CONVERGING, {"name": "b", "method": "hard", "share": 0.5})
+    train(view, tmp_path / "whole", file)
+    phases = metrics_of(tmp_path / "whole")["phases"]
+    assert [(facts["steps"], facts["max_steps"], facts.get("converged_at")) for facts in phases] == [
+        (6, 10, 6),
+        (10, 10, None),
+    ]
+    assert yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())["phases"][0]["until"] == CONVERGING["until"]
+    forward, seen = Distillation.forward, 0
+
+    def disturbed(how: Callable[[], None], at: int) -> Any:
+        def watching(distillation: Distillation, **given: Any) -> Any:
+            nonlocal seen
+            if seen == at:
+                how()
+            seen += 1
+            return forward(distillation, **given)
+
+        return watching
+
+    def kill() -> None:
+        raise Killed
+
+    # In the window that is half done at the checkpoint; and in the very step that ends the phase.
+    for name, how, at, error, left in (
+        ("killed", kill, 5, Killed, 13),
+        ("interrupted", lambda: os.kill(os.getpid(), signal.SIGINT), 5, KeyboardInterrupt, 10),
+    ):
+        seen = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(Distillation, "forward", disturbed(how, at))
+            with pytest.raises(error):
+                train(view, tmp_path / name, file)
+        with monkeypatch.context() as patched:
+            again = Watched(patched)
+            train(view, tmp_path / name, file)
+        assert len(again.before) == left
+        weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", name)]
+        assert weights[0] == weights[1]
+        assert losses_of(tmp_path / name) == losses_of(tmp_path / "whole")
+
+
+def test_a_phase_may_be_ended_by_its_evaluations(view: Any, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    first = {"name": "a", "method": "soft-target", "share": 0.6, "learning_rate": 1e-12}
+    judged = {**first, "load_best_model_at_end": True, "early_stopping_patience": 2}
+    last = {"name": "b", "method": "soft-target", "share": 0.4}
+    train(view, tmp_path / "run", recipe(judged, last), validation_fraction=0.3, eval_steps=2, save_steps=None)
+    assert [facts["steps"] for facts in metrics_of(tmp_path / "run")["phases"]] == [6, 8]
+    with pytest.raises(UsageError, match=r"(?s)phase 'a' is not evaluated.*until: loss"):
+        train(view, tmp_path / "other", recipe({**first, "early_stopping_patience": 2}, last), validation_fraction=0.3)
