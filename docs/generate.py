@@ -70,7 +70,9 @@ Adding a method: [how-to/add-a-method.md](how-to/add-a-method.md).
 STORED = """\
 Signals as `--signals` takes them, for a teacher like BERT-base (12 layers, 768 wide, 12 heads, 2 labels) and a student
 of half its layers, options at their defaults; bytes of an example of 25 and of 128 tokens when they are stored as they
-are. `kd methods --teacher TEACHER --length N --student-layers M` says it of yours.
+are, and the least that they follow from: what `kd cache-teacher --for METHOD` stores of a large corpus of such texts
+where it finds that they do (layers that normalise last, absolute positions; sidecars come once per teacher).
+`kd methods --teacher TEACHER --length N --student-layers M` says it of yours, and what that least is.
 """
 
 
@@ -83,7 +85,8 @@ def methods_page() -> str:
     """The text of `docs/methods.md`."""
     context = StageContext()
     methods, short = (ListMethods(length=length).run(context).summary["methods"] for length in (128, 25))
-    students = ListStudents().run(context).summary["students"]
+    listed = ListStudents().run(context).summary
+    students = listed["students"]
     signals = ListSignals().run(context).summary["signals"]
     rows = [
         f"| `{signal['name']}{'@LAYERS' if signal['per_layer'] else ''}` | {_cell(signal['summary'])} | "
@@ -100,18 +103,40 @@ def methods_page() -> str:
     )
     parts = [METHODS_INTRODUCTION, "## Methods\n", STORED, _needs(short, methods)]
     parts += [_section(method) for method in methods]
-    parts += ["## Students\n", _entries(students)]
+    parts += ["## Students\n", _entries(students), _fits(listed["fits"])]
     return "\n".join([*parts, "## Signals\n", signal_table]).rstrip("\n") + "\n"
 
 
 def _needs(short: list[dict[str, Any]], long: list[dict[str, Any]]) -> str:
     rows = [
         f"| [`{entry['name']}`](#{entry['name']}) | {_code(entry['signals'])} | {few['bytes_per_example']:,} | "
-        f"{entry['bytes_per_example']:,} | {_code(entry['reads'])} | {entry['students']} |"
+        f"{entry['bytes_per_example']:,} | {few['smallest_bytes']:,} | {entry['smallest_bytes']:,} | "
+        f"{_code(entry['reads'])} | {entry['students']} |"
         for few, entry in zip(short, long, strict=True)
     ]
-    head = "| name | signals | bytes, 25 tokens | bytes, 128 | student outputs | a student must have |"
-    return "\n".join([head, "|---|---|---:|---:|---|---|", *rows, ""])
+    columns = ("name", "signals", "bytes, 25 tokens", "bytes, 128", "least, 25", "least, 128")
+    head = f"| {' | '.join(columns)} | student outputs | a student must have |"
+    return "\n".join([head, "|---|---|---:|---:|---:|---:|---|---|", *rows, ""])
+
+
+FITS = """\
+Which method is for which student, beside a teacher like BERT-base. Where widths differ a linear map is trained; a BERT
+with other heads than its teacher stands as `mobilebert` does. The BiLSTM has two layers: `pkd` and `rail-kd` leave the
+last one out. A cell with options is what is left of the method: without attention, or with relations of outputs in
+place of values.
+"""
+
+
+def _fits(fits: list[dict[str, Any]]) -> str:
+    def cell(options: str | None) -> str:
+        return "no" if options is None else f"`{options}`" if options else "yes"
+
+    head = f"| method | {' | '.join(fit['name'] for fit in fits)} |"
+    rows = [
+        f"| [`{name}`](#{name}) | {' | '.join(cell(fit['methods'][name]) for fit in fits)} |"
+        for name in fits[0]["methods"]
+    ]
+    return "\n".join([FITS, head, "|---|" + "---|" * len(fits), *rows, ""])
 
 
 def _code(text: str) -> str:

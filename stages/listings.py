@@ -62,11 +62,22 @@ class ListMethods(Stage):
             lines.append(f"{entry['name']:<{width}}  {entry['summary']} ({entry['source']})")
             options = "  ".join(f"{name}={value}" for name, value in entry["options"].items())
             stored = f"{entry['signals'] or 'none'}, {_count(entry['bytes_per_example'])} bytes"
-            for name, text in (("options", options), ("signals", stored), ("student", entry["students"])):
+            least = ""
+            if entry["smallest_bytes"] != entry["bytes_per_example"]:
+                beside = f" with sidecars {','.join(entry['sidecars'])}" if entry["sidecars"] else ""
+                least = f"{entry['smallest'] or 'none'}{beside}, {_count(entry['smallest_bytes'])} bytes"
+            facts = {"options": options, "signals": stored, "least": least, "student": entry["students"]}
+            for name, text in facts.items():
                 if text:
                     lines.append(f"{'':<{width}}  {name}: {text}")
         of = summary["teacher"] or "BERT-base"
-        return "\n".join([*lines, f"\nbytes: per example of {summary['length']} tokens, teacher {of}"])
+        return "\n".join(
+            [
+                *lines,
+                f"\nbytes: per example of {summary['length']} tokens, teacher {of}",
+                "least: what cache-teacher --for stores where the signals follow from it; sidecars once per teacher",
+            ]
+        )
 
 
 def _count(number: int | None) -> str:
@@ -93,12 +104,29 @@ class ListStudents(Stage):
     command: ClassVar[str] = "students"
 
     def run(self, context: StageContext) -> StageResult:
+        from .train_student.method_facts import methods_of, student_forms
         from .train_student.students import students
 
-        return StageResult(summary={"students": students.describe()})
+        fits = [
+            {"name": name, "student": text, "methods": methods_of(shapes)}
+            for name, (text, shapes) in student_forms().items()
+        ]
+        return StageResult(summary={"students": students.describe(), "fits": fits})
 
     def report(self, summary: Mapping[str, Any]) -> str:
-        return _table(summary["students"])
+        lines = [_table(summary["students"]), "\nMethods, for a teacher like BERT-base:"]
+        for fit in summary["fits"]:
+            found = fit["methods"]
+            lesser = [f"{name}:{options}" for name, options in found.items() if options]
+            lines.append(f"{fit['student']}")
+            for what, listed in (
+                ("as they are", [name for name, options in found.items() if options == ""]),
+                ("in part", lesser),
+                ("not", [name for name, options in found.items() if options is None]),
+            ):
+                if listed:
+                    lines.append(f"  {what}: {', '.join(listed)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)

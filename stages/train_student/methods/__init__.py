@@ -19,7 +19,19 @@ from . import (  # noqa: F401
     soft_target,
     tinybert,
 )
-from .base import Heads, Method, Shapes, StudentOutputs, Targets, Term, Unfit, fitting_methods, methods, parse_methods
+from .base import (
+    Heads,
+    Method,
+    Shapes,
+    StudentOutputs,
+    Targets,
+    Term,
+    Unfit,
+    fitting_form,
+    fitting_methods,
+    methods,
+    parse_methods,
+)
 from .layer_maps import layer_groups, layer_pairs
 
 __all__ = [
@@ -30,6 +42,7 @@ __all__ = [
     "Targets",
     "Term",
     "Unfit",
+    "fitting_form",
     "fitting_methods",
     "layer_groups",
     "layer_pairs",

@@ -161,6 +161,8 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str] = ""
     """Where the loss is from."""
+    lesser: ClassVar[tuple[str, ...]] = ()
+    """Options by which it fits students that it is not for as it is, those that leave out least first."""
 
     @abstractmethod
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
@@ -208,6 +210,23 @@ def fitting_methods(shapes: Shapes, *, reads_teacher_tokens: bool = True) -> tup
         if reads_teacher_tokens or all(signal.kind.axis == "example" for signal in signals):
             fitting.append(name)
     return tuple(fitting)
+
+
+def fitting_form(name: str, shapes: Shapes) -> str | None:
+    """The options, as text, with which a method fits two models: none, or what it has to leave out; None if it cannot.
+
+    >>> form = Shapes(task="single-label", num_labels=2, token_widths=(8, 6), sentence_widths=(8, 6),
+    ...     teacher_layers=4, teacher_width=16, teacher_heads=2)
+    >>> fitting_form("soft-target", form), fitting_form("ir-kd", form), fitting_form("minilm", form)
+    ('', 'attention=false', None)
+    """
+    for options in ("", *methods[name].lesser):
+        try:
+            _parse_one(f"{name}:{options}" if options else name).method.signals(shapes)
+        except UsageError:
+            continue
+        return options
+    return None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class IrKd(Method):
     """
 
     source = "Aguilar et al., Knowledge Distillation from Internal Representations, arXiv 1910.03723"
+    lesser = ("attention=false",)
     layer_map: str = "skip"
     attention: bool = True
     cosine: bool = True

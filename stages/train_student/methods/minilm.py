@@ -43,7 +43,8 @@ class MiniLm(Method):
         return pairs[0]
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        require_same_heads(shapes, "minilm", fix="minilmv2 fits any number of heads")
+        other = "minilmv2 fits any number of heads" if shapes.student_heads else "minilmv2:relations=v-v"
+        require_same_heads(shapes, "minilm", fix=other)
         return (Signal("attention.qkv", self._pair(shapes)[1]),)
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class MiniLmV2(Method):
     """
 
     source = "Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, arXiv 2012.15828"
+    lesser = ("relations=v-v",)
     heads: int = 0
     relations: str = "q-q+k-k+v-v"
     layer_map: str = "final"

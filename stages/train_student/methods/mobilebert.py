@@ -12,7 +12,7 @@ from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import Pooling
-from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
 from .fit import one_width, project, require_same_heads
 from .layer_maps import layer_pairs
 
@@ -29,9 +29,10 @@ class MobileBertTransfer(Method):
     H being the token states of blocks m and g(m), LN without parameters, means over an example's true tokens (and
     heads). One linear map for all blocks stands before H_student where widths differ.
 
-    `feature`, `mean`, `variance`, `attention`: weights, those of the authors' code; 0 leaves a term out (`attention=0`
-    for a student whose heads are not the teacher's). `normalize=false` compares H as it is: the feature map transfer of
-    the paper with `mean=0:variance=0`. `layer_map`: `skip`, `last` or pairs of blocks `1-2+2-4` (student-teacher).
+    For students made of transformer blocks. `feature`, `mean`, `variance`, `attention`: weights, those of the authors'
+    code; 0 leaves a term out (`attention=0` for a student whose heads are not the teacher's). `normalize=false`
+    compares H as it is: the feature map transfer of the paper with `mean=0:variance=0`. `layer_map`: `skip`, `last` or
+    pairs of blocks `1-2+2-4` (student-teacher).
     `reduction`: `kd` as above; `token` is one mean over all true tokens of the batch; `official` divides by all
     positions of the padded batch and keeps the teacher's entropy in the attention term, as the authors' code does
     (which also compares padded positions: those are in no store, and count zero). That code compares every block's
@@ -42,6 +43,7 @@ class MobileBertTransfer(Method):
     """
 
     source = "Sun et al., MobileBERT: a Compact Task-Agnostic BERT, arXiv 2004.02984"
+    lesser = ("attention=0",)
     layer_map: str = "skip"
     feature: float = 100.0
     mean: float = 5000.0
@@ -69,6 +71,11 @@ class MobileBertTransfer(Method):
         return one_width((shapes.token_widths[layer] for layer, _ in self._pairs(shapes)), "mobilebert")
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
+        if not shapes.student_heads:
+            raise Unfit(
+                "method 'mobilebert' compares blocks of transformers, and the student has none",
+                fix="fitnets:layer_map=skip, which compares token states",
+            )
         if self.attention:
             require_same_heads(
                 shapes, "mobilebert", fix="mobilebert:attention=0, or the student's heads as the teacher's"

@@ -39,6 +39,7 @@ class TinyBert(Method):
     """
 
     source = "Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, arXiv 1909.10351"
+    lesser = ("attention=none", "attention=none:embedding=false")
     layer_map: str = "skip"
     attention: Literal["score", "probability", "none"] = "score"
     hidden: bool = True
@@ -66,9 +67,9 @@ class TinyBert(Method):
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         if self.attention != "none":
-            require_same_heads(
-                shapes, "tinybert", fix="tinybert:attention=none, or the student's heads as the teacher's"
-            )
+            own = shapes.token_widths
+            rest = "tinybert:attention=none" + (":embedding=false" if self.embedding and own[0] != own[-1] else "")
+            require_same_heads(shapes, "tinybert", fix=f"{rest}, or the student's heads as the teacher's")
         if self._state_pairs(shapes):
             self._width(shapes)
         scores = (Signal("attention.score", teacher) for _, teacher in self._score_pairs(shapes))

@@ -10,9 +10,9 @@ import torch
 
 from kd.pipeline.errors import RefusedError, UsageError
 from kd.pipeline.stage import StageContext
-from kd.stages.listings import ListMethods
+from kd.stages.listings import ListMethods, ListStudents
 from kd.stages.train_student import losses
-from kd.stages.train_student.method_facts import BERT_BASE, method_facts
+from kd.stages.train_student.method_facts import BERT_BASE, method_facts, methods_of, student_forms
 from kd.stages.train_student.methods import (
     Shapes,
     StudentOutputs,
@@ -395,7 +395,11 @@ def test_the_methods_of_a_student_are_those_of_the_table(changes: dict[str, obje
     [
         ("tinybert", {}, "tinybert:attention=none"),
         ("ir-kd", {}, "ir-kd:attention=false"),
-        ("mobilebert", {}, "mobilebert:attention=0"),
+        ("mobilebert", {"student_heads": 4, "attention_width": 8}, "mobilebert:attention=0"),
+        ("mobilebert", {}, "fitnets:layer_map=skip"),
+        ("mobilebert:attention=0", {}, "fitnets:layer_map=skip"),
+        ("tinybert", {"token_widths": (16, 8, 8, 8)}, "tinybert:attention=none:embedding=false"),
+        ("minilm", {}, "minilmv2:relations=v-v"),
         ("minilmv2", {}, "minilmv2:relations=v-v"),
         ("minilm", {"student_heads": 4, "attention_width": 8}, "minilmv2 fits any number of heads"),
         ("minilmv2:heads=5", {"student_heads": 4, "attention_width": 8}, "heads=1 or 2 or 4 or 8"),
@@ -410,6 +414,74 @@ def test_a_method_that_does_not_fit_says_what_would(spec: str, changes: dict[str
     for part in words.split(" or "):
         if ":" in part:
             assert make(part).signals(form), "the advice works"
+
+
+YES, WITHOUT_ATTENTION = "", "attention=none"
+TABLE = {
+    **dict.fromkeys(
+        (
+            "soft-target",
+            "logit-mse",
+            "hard",
+            "fitnets",
+            "fsp",
+            "ckd",
+            "alp-kd",
+            "pkd",
+            "codir",
+            "rail-kd",
+            "distilbert",
+        ),
+        (YES, YES, YES, YES),
+    ),
+    "tinybert": (f"{WITHOUT_ATTENTION}:embedding=false", YES, YES, WITHOUT_ATTENTION),
+    "ir-kd": ("attention=false", YES, YES, "attention=false"),
+    "mobilebert": (None, YES, YES, "attention=0"),
+    "minilm": (None, YES, YES, None),
+    "minilmv2": ("relations=v-v", YES, YES, YES),
+}
+"""Section 16 of the specification: BiLSTM, BERT of the teacher's shape, a narrower one with its heads, MobileBERT."""
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_cell_of_the_table_of_methods_and_students(name: str) -> None:
+    forms = student_forms()
+    assert [*forms] == ["bilstm", "bert", "narrower bert", "mobilebert"] and {*TABLE} == {*methods}
+    assert tuple(methods_of(form)[name] for _, form in forms.values()) == TABLE[name]
+    for (student, form), options in zip(forms.values(), TABLE[name], strict=True):
+        if options is None:
+            continue
+        method = make(f"{name}:{options}" if options else name)
+        reads = method.reads(form)
+        assert form.student_heads or not [read for read in reads if read.startswith(("score", "qkv"))], student
+        own = form.sentence_widths[-1] != form.teacher_width
+        if {read.partition("@")[0] for read in reads} & {"token", "sentence", "mean"} and "relations" not in options:
+            mapped = len(method.projections(form)) > 0
+            assert mapped == (own or name in ("ckd", "codir", "rail-kd")), (
+                f"{student}: a linear map where widths differ"
+            )
+
+
+def test_the_list_of_students_says_which_methods_are_for_each() -> None:
+    stage = ListStudents()
+    report = stage.report(stage.run(StageContext()).summary)
+    assert "bert:hidden_size=384:heads=12" in report
+    bilstm, mobilebert = (report.partition(f"\n{name}\n")[2] for name in ("bilstm:num_layers=2", "mobilebert"))
+    assert "  not: minilm, mobilebert" in bilstm.partition("\nbert")[0]
+    assert "  in part: ir-kd:attention=false, mobilebert:attention=0, tinybert:attention=none" in mobilebert
+
+
+def test_the_forms_of_students_are_those_that_are_built() -> None:
+    """What is said of students is of the shapes that they would really have."""
+    from kd.stages.train_student.students import Start, Task, TeacherFacts, parse_student
+
+    teacher = TeacherFacts(None, BERT_BASE)  # type: ignore[arg-type]
+    for text, form in student_forms().values():
+        student = parse_student(text)
+        task = Task("single-label", ("a", "b"), pair=False)
+        widths = student.widths(student.default_start(), teacher, task)
+        assert widths == (form.token_widths, form.sentence_widths)
+        assert student.attention(Start("random"), teacher) == (form.student_heads, form.attention_width)
 
 
 @pytest.mark.parametrize(
@@ -516,6 +588,36 @@ def test_signals_and_bytes_are_those_of_the_specification(
 ) -> None:
     entry = facts_of(name, **fields)
     assert (entry["signals"], entry["bytes_per_example"]) == (signals, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "short", "long", "why"),
+    [
+        ("soft-target", 6, 8, 8, "a label has 4 bytes, and there are two"),
+        ("fitnets", 6, 38_400, 196_608, "the smallest is the signal itself"),
+        ("fsp", 6, 115_200, 589_824, "embeddings by lookup"),
+        ("tinybert", 4, 213_600, 1_572_864, "scores of short texts, the layers below for long ones"),
+        ("ir-kd", 6, 99_216, 1_188_864, "the same, and [CLS] states"),
+        ("mobilebert", 12, 460_800, 2_359_296, "every layer gives the attention of the next"),
+        ("minilm", 6, 38_400, 196_608, "the layer below, and maps"),
+        ("minilmv2", 6, 38_400, 196_608, "the same"),
+        ("rail-kd", 6, 16_896, 16_896, "means over tokens"),
+    ],
+)
+def test_the_least_bytes_are_those_of_the_specification(
+    name: str, layers: int, short: int, long: int, why: str
+) -> None:
+    """Its section 15.5, where logits count too: 12 bytes of three labels."""
+    found = [facts_of(name, length=n, student_layers=layers)["smallest_bytes"] for n in (25, 128)]
+    assert found == [short, long], why
+
+
+def test_the_least_is_said_with_the_sidecars_it_takes() -> None:
+    entry = facts_of("minilmv2")
+    assert (entry["smallest"], entry["sidecars"]) == ("hidden.tok@11", ["attn_in@12"])
+    report = ListMethods(length=128).report(ListMethods(length=128).run(StageContext()).summary)
+    assert "least: hidden.tok@11 with sidecars attn_in@12, 196,608 bytes" in report
+    assert report.count("least: ") == 1 + 6, "where it is less than the signals themselves"
 
 
 def test_what_a_student_must_have_follows_from_the_method() -> None:
