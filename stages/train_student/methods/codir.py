@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
@@ -133,6 +133,9 @@ class _Scale(nn.Module):
         value = self.get_buffer("value")
         if not value:
             value.copy_(shown)
+            if distributed.is_available() and distributed.is_initialized():
+                # Every rank is shown its own slice of the first step.
+                distributed.broadcast(value, src=0)
         return value
 
 

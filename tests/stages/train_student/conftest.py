@@ -81,6 +81,8 @@ class PlantedRows:
         self.passes: list[list[int]] = []
         """Rows of every forward pass, numbered over all views."""
         self.signals: set[str] = set()
+        self.negatives: list[list[int]] = []
+        """Rows that every forward pass is told apart from, where a method draws some."""
         self._examples = [
             (view.teacher, ids, label)
             for view in views
@@ -109,8 +111,12 @@ class PlantedRows:
         setattr_(Rows, "batch", numbered)
         setattr_(Distillation, "forward", checking)
 
-    def check(self, index: list[int], inputs: Any, labels: Any, has_gold: Any, signals: Any) -> None:
-        """AssertionError where a row of the batch has something of another row."""
+    def check(
+        self, index: list[int], inputs: Any, labels: Any, has_gold: Any, signals: Any, negatives: Any = None
+    ) -> None:
+        """AssertionError where a row of the batch has something of another row, or a negative is of no row."""
+        if negatives:
+            self.negatives.append(self._rows_of(negatives))
         assert len(labels) == len(index)
         for row, example in enumerate(index):
             teacher, ids, label = self._examples[example]
@@ -126,6 +132,18 @@ class PlantedRows:
                     found = found[: len(ids)]
                 assert np.array_equal(found, wanted), f"example {example} met {name} of another row"
                 self.signals.add(name)
+
+    def _rows_of(self, negatives: Any) -> list[int]:
+        """Which examples these signals of rows are of; all of them of the same."""
+        found = []
+        for name, values in negatives.items():
+            rows = {
+                planted(name, ids, len(self._label_names), teacher).tobytes(): example
+                for example, (teacher, ids, _) in enumerate(self._examples)
+            }
+            found.append([rows.get(row.numpy().tobytes()) for row in values])
+        assert found.count(found[0]) == len(found) and None not in found[0], "negatives are signals of rows"
+        return found[0]
 
 
 @pytest.fixture(scope="session")

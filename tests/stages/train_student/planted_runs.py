@@ -24,6 +24,7 @@ from conftest import PlantedRows, PlantedView
 
 from kd.cli import main
 from kd.stages.train_student import training
+from kd.stages.train_student.methods.rail_kd import RailKd
 from kd.stages.train_student.rows import StoreRows
 
 assert training and torch.get_num_threads() == 1
@@ -34,7 +35,9 @@ def train(plan: dict[str, Any], run: dict[str, Any], rank: int) -> None:
     folder = Path(plan["folder"])
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{run['name']}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT), number)
-    passes = os.open(folder / f"{run['name']}.{rank}.passes", os.O_WRONLY | os.O_CREAT)
+    passes, draws = (
+        os.open(folder / f"{run['name']}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT) for kind in ("passes", "draws")
+    )
 
     class Watched(PlantedRows):
         def check(self, index: list[int], **given: Any) -> None:
@@ -47,7 +50,16 @@ def train(plan: dict[str, Any], run: dict[str, Any], rank: int) -> None:
         if run.get("interrupt") == [rank, number]:
             os.kill(os.getpid(), signal.SIGINT)
 
-    Watched([PlantedView(**view) for view in plan["views"]], on_pass=kill).watch()
+    watched = Watched([PlantedView(**view) for view in plan["views"]], on_pass=kill)
+    watched.watch()
+    draw = RailKd.draw
+
+    def noted(self: RailKd, seed: int, epoch: int, shapes: Any) -> Any:
+        pairs = draw(self, seed, epoch, shapes)
+        os.write(draws, json.dumps({"layers": pairs, "negatives": watched.negatives[-1]}).encode() + b"\n")
+        return pairs
+
+    RailKd.draw = noted  # type: ignore[method-assign]
     if run.get("shift"):
         gather = StoreRows.gather
         StoreRows.gather = lambda self, signal, index: gather(self, signal, (index + 1) % len(self))  # type: ignore[method-assign]
@@ -105,6 +117,7 @@ def launch(plan: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         "output": run["output"],
         "codes": [codes[child] for child in children],
         "passes": [[json.loads(line) for line in said(rank, "passes").splitlines()] for rank in ranks],
+        "draws": [[json.loads(line) for line in said(rank, "draws").splitlines()] for rank in ranks],
         "stdout": [said(rank, "out") for rank in ranks],
         "stderr": [said(rank, "err") for rank in ranks],
         "seconds": ended_s,

@@ -222,6 +222,9 @@ def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFact
     deep = {**both, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     (folder / "recipe.yaml").write_text(RECIPE)
     phases = {**both, "method": [], "recipe": str(folder / "recipe.yaml")}
+    codir = "codir:size=4:negatives=5"
+    # With this seed the two epochs draw different layers.
+    drawing = {"method": ["soft-target", "rail-kd:size=4:final=true", codir, f"{codir}:form=nce"], "seed": 1}
     runs = [
         {"name": "phases-one", "ranks": 1, "output": "phases-one", "fields": {**phases, **alone}},
         {"name": "phases-two", "ranks": 2, "output": "phases-two", "fields": phases},
@@ -243,6 +246,8 @@ def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFact
         {"name": "refused", "ranks": 2, "output": "two", "fields": {**both, "learning_rate": 0.5}},
         {"name": "diverged", "ranks": 2, "output": "diverged", "fields": {**both, "learning_rate": 1e30}},
         {"name": "shifted", "ranks": 2, "output": "shifted", "fields": both, "shift": True},
+        {"name": "drawing-one", "ranks": 1, "output": "drawing-one", "fields": {**alone, **drawing}},
+        {"name": "drawing-two", "ranks": 2, "output": "drawing-two", "fields": {**both, **drawing}},
     ]
     plan = {
         "folder": str(folder),
@@ -276,6 +281,7 @@ class Launched:
     output: str
     codes: list[int]
     passes: list[list[list[int]]]
+    draws: list[list[dict[str, Any]]]
     stdout: list[str]
     stderr: list[str]
     seconds: float
@@ -360,6 +366,19 @@ def test_two_ranks_go_through_phases_as_one_does(launched: Callable[[str], Launc
     assert killed.codes[1] == -9 and resumed.codes == [0, 0]
     assert resumed.steps() == two.steps()[11:], "phase 1 has 7 steps, the checkpoint was of step 4 of phase 2"
     assert resumed.weights() == two.weights() and resumed.losses() == two.losses()
+
+
+@pytest.mark.slow
+def test_methods_that_draw_draw_alike_on_all_ranks_and_learn_what_one_learns(
+    launched: Callable[[str], Launched],
+) -> None:
+    """Layers by epoch (rail-kd), other rows by step and a scale fixed in the first one (codir)."""
+    one, two = launched("drawing-one"), launched("drawing-two")
+    assert one.codes == [0] and two.codes == [0, 0]
+    assert two.draws[0] == two.draws[1] == one.draws[0][::2] == one.draws[0][1::2] and len(two.draws[0]) == 18
+    assert len({str(drawn["layers"]) for drawn in two.draws[0]}) == 2, "one draw for each of the two epochs"
+    assert len({str(drawn["negatives"]) for drawn in two.draws[0]}) == 18
+    assert_same_curve(two, one)
 
 
 @pytest.mark.slow
