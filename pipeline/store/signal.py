@@ -59,6 +59,18 @@ SIGNALS: Mapping[str, SignalKind] = {
 SYNONYMS: Mapping[str, tuple[str, int]] = {"embedding": ("hidden.tok", 0)}
 """Other names that people may ask by: → (signal, layer)."""
 
+INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("attention.relation", "attention.value", "attention.query", "attention.key"),
+        "attention.qkv@LAYER: relations of any number of heads follow from queries, keys and values, which follow from "
+        "hidden.tok of the layer below with sidecar attn_in@LAYER",
+    ),
+    **dict.fromkeys(
+        ("attention.probability", "attention.prob"), "attention.score@LAYER: probabilities follow from scores, not back"
+    ),
+}
+"""What is not stored: → what it follows from."""
+
 INPUTS: Mapping[str, SignalKind] = {
     "token_ids": SignalKind("token", (), False, "uint16", "what the teacher reads; always stored"),
     "segment_ids": SignalKind("token", (), False, "uint8", "token types the teacher reads; always stored"),
@@ -187,6 +199,8 @@ def parse_signals(text: str, num_layers: int) -> tuple[Signal, ...]:
             raise UsageError(f"empty signal name in {text!r}", fix="name signals like logits,hidden.tok@4+6")
         if name in INPUTS:
             raise UsageError(f"signal {name!r} is always stored", fix=f"leave {name} out of the list")
+        if name in INSTEAD:
+            raise UsageError(f"signal {name!r} is not stored", fix=INSTEAD[name])
         if name not in SIGNALS:
             raise UsageError(f"unknown signal {name!r}{near_match(name, SIGNALS)}")
         if not SIGNALS[name].per_layer:

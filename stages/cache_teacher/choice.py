@@ -159,10 +159,13 @@ def possible_methods(
     found = []
     for name in methods:
         try:
-            needed = methods.make(name, {}).signals(shapes)
+            method = methods.make(name, {})
+            needed = method.signals(shapes)
         except UsageError:
             continue
         ways = [sources_of(signal, held.__contains__, sidecars, shapes.teacher_layers) for signal in needed]
+        if method.takes_scores() and "attention.proof" not in sidecars:
+            continue
         if needed and name not in besides and all(ways):
             found.append(name)
     return tuple(found)
@@ -220,12 +223,24 @@ def profile_needs(name: str, teacher: Teacher) -> tuple[tuple[Signal, ...], tupl
     return (*logits, *tokens, *attention), ("layers", "head")
 
 
-def require_true_scores_for(needed: Iterable[Signal], scores: str | None) -> None:
-    """RefusedError when scores are needed and, for the reason given, are not what queries and keys give."""
-    wanted = [signal for signal in needed if signal.name == "attention.score"]
+WITHOUT_SCORES = (
+    "minilmv2, which compares queries, keys and values with themselves, or methods on hidden states (fitnets)"
+)
+"""What fits a teacher whose scores are not query times key."""
+
+
+def require_true_scores_for(needed: Iterable[Signal], terms: Iterable[Term], scores: str | None) -> None:
+    """RefusedError when scores are needed and, for the reason given, are not what queries and keys give.
+
+    Args:
+        needed: signals.
+        terms: methods; some take queries and keys for scores.
+    """
+    wanted = [str(signal) for signal in needed if signal.name == "attention.score"]
+    wanted += [f"method {term.method.name!r}" for term in terms if term.method.takes_scores()]
     if wanted and scores is not None:
         raise RefusedError(
-            f"attention scores are needed ({', '.join(map(str, wanted))}), and kd has no way to this teacher's",
+            f"attention scores are needed ({', '.join(wanted)}), and kd has no way to this teacher's",
             details=[scores],
-            fix="methods that compare relations of queries, keys and values, or hidden states (minilmv2, fitnets)",
+            fix=WITHOUT_SCORES,
         )

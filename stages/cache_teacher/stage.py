@@ -304,7 +304,8 @@ class CacheTeacher(Stage):
                 fix=f"--signals {MLM_LOGITS} stores the logits themselves",
             )
         scores = self._try_scores(of_attention)
-        require_true_scores_for(self._needed, None if scores is None or scores.holds else scores.why)
+        why = None if scores is None or scores.holds else scores.why
+        require_true_scores_for(self._needed, self._terms if self.for_ else (), why)
         holding = [name for name, shortcut in tried.items() if shortcut.holds]
         sizes = sidecar_bytes(teacher, ("embeddings", *(name for name in holding if name in (*maps, *head))))
         store = self._known["store"]

@@ -23,13 +23,14 @@ from ...pipeline.store.lattice import sources_of
 from ...pipeline.store.sidecar import list_sidecars
 from ...pipeline.store.signal import Signal
 from ...pipeline.store.view import View, open_view
+from ..cache_teacher.choice import WITHOUT_SCORES
 from ..corpus.corpus import Corpus, load_corpus
 from ..corpus.schema import CorpusInfo
 from ..corpus.source import DatasetSource
 from ..masking import Masking
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
 from .intermediate_matches import expand_matches, is_matches_file
-from .methods import Shapes, Term, Unfit, fitting_methods, parse_methods
+from .methods import Shapes, Term, Unfit, fitting_form, fitting_methods, methods, parse_methods
 from .methods.hard import Hard
 from .multipliers import parse_multipliers
 from .order import rows_per_step
@@ -282,6 +283,7 @@ def prepare(stage: TrainStudent) -> Preparation:
     )
     _check_general(prepared, needed, reads_tokens)
     _check_tokens(prepared, needed, reads_tokens)
+    _check_scores(prepared)
     _check_compilation(prepared)
     _check_coverage(prepared)
     _check_gold(prepared)
@@ -380,9 +382,11 @@ def _naming_what_fits(shapes: Shapes, student: str, reads_tokens: bool) -> Itera
         yield
     except Unfit as error:
         fitting = ", ".join(fitting_methods(shapes, reads_teacher_tokens=reads_tokens))
-        raise Unfit(
-            error.what, details=[*error.details, f"fit student {student!r} as they are: {fitting}"], fix=error.fix
-        ) from None
+        details = [*error.details, f"fit student {student!r} as they are: {fitting}"]
+        lesser = [f"{name}:{form}" for name in methods if (form := fitting_form(name, shapes))]
+        if lesser and reads_tokens:
+            details.append(f"in part: {', '.join(lesser)}")
+        raise Unfit(error.what, details=details, fix=error.fix) from None
 
 
 def _check_general(prepared: Preparation, needed: Sequence[Signal], reads_tokens: bool) -> None:
@@ -450,6 +454,18 @@ def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens:
                 f"views {prepared.views[0].path} and {view.path} have teachers of other shapes, and a method needs "
                 "hidden states",
                 details=[f"layers, width: {teacher.num_layers}, {teacher.hidden_size} and {found[0]}, {found[1]}"],
+            )
+
+
+def _check_scores(prepared: Preparation) -> None:
+    """Queries and keys that a method takes for attention are known to give the teacher's."""
+    taking = [term.method.name for phase in prepared.recipe for term in phase.terms if term.method.takes_scores()]
+    for view in prepared.views:
+        if taking and not view.store.has_sidecar("attention.proof"):
+            raise RefusedError(
+                f"method {taking[0]!r} compares attention, and no capture into store {view.store.url} has seen "
+                "that its teacher's is query times key: it is not where positions are rotary or relative",
+                fix=f"{WITHOUT_SCORES}; or run kd cache-teacher --for {taking[0]} on that store, which tries it",
             )
 
 

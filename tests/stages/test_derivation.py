@@ -17,6 +17,7 @@ from kd.pipeline.store.lattice import sources_of
 from kd.pipeline.store.sidecar import list_sidecars
 from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.derivation import NUM_TOKENS, Derivation, derivation_of
+from kd.stages.train_student import TrainStudent
 from kd.stages.train_student.rows import StoreRows
 
 BODY: dict[str, Any] = {
@@ -34,6 +35,7 @@ KINDS: dict[str, Any] = {
     "prelayernorm": lambda size: transformers.RobertaPreLayerNormConfig(
         vocab_size=size, pad_token_id=0, **BODY, **NAMES
     ),
+    "rotary": lambda size: transformers.RoFormerConfig(vocab_size=size, pad_token_id=0, **BODY, **NAMES),
 }
 DERIVED = ("hidden.tok@0", "hidden.cls@1", "hidden.mean@2", "attention.qkv@1", "attention.qkv@2",
            "attention.score@1", "attention.score@2", "logits")  # fmt: skip
@@ -168,6 +170,30 @@ def test_where_the_layer_normalises_first_nothing_is_derived_and_all_is_stored(t
     own_BHTT = own["attention.score@2"].float().numpy()
     found_BHTT = derived(view, Signal("attention.score", 2))
     assert float(np.abs(found_BHTT - own_BHTT).max()) <= 4e-3 * np.abs(own_BHTT).max()
+
+
+def test_rotary_attention_is_no_ones_scores_and_what_would_fit_is_named(teachers: Any, capture: Any) -> None:
+    """Rotation comes behind the maps: queries times keys are not the attention, yet they have relations."""
+    teacher = teachers("rotary")
+    for methods, named in ((("minilm",), "method 'minilm'"), (("tinybert",), "attention.score@2")):
+        with pytest.raises(RefusedError, match="attention scores are needed") as refusal:
+            capture(teacher, "refused", for_=methods)
+        assert named in refusal.value.what and "minilmv2" in str(refusal.value.fix)
+        assert "rotary or relative positions" in str(refusal.value.details)
+    view = capture(teacher, "chosen", for_=("minilmv2",))
+    assert not any("also possible" in text and "minilm," in text for text in capture.said)
+
+    def prepared(method: str) -> Any:
+        return TrainStudent(
+            view=(str(view),), student="bert:heads=4", method=(method,), output_dir=str(view / "run")
+        ).prepared
+
+    with pytest.raises(RefusedError, match="method 'minilm' compares attention") as refusal:
+        _ = prepared("minilm")
+    assert "minilmv2" in str(refusal.value.fix) and "kd cache-teacher --for minilm" in str(refusal.value.fix)
+    with pytest.raises(RefusedError, match="method 'minilmv2' compares attention"):
+        _ = prepared("minilmv2:relations=q-k+v-v")
+    assert prepared("minilmv2").signals == (Signal("attention.qkv", 2),)
 
 
 def test_a_head_that_reads_otherwise_and_a_table_alone_prove_nothing(teachers: Any, capture: Any) -> None:

@@ -177,6 +177,13 @@ class Method(ABC):
         """Student outputs the loss reads: "logits", or "token@1", "sentence@2", "mean@1", "score@2", "qkv@2"."""
         return ("logits",)
 
+    def takes_scores(self) -> bool:
+        """Whether it takes products of the teacher's queries and keys for its attention: not of every teacher they are.
+
+        Positions that are rotary or relative enter scores behind the maps of queries and keys.
+        """
+        return False
+
     def num_negatives(self, shapes: Shapes) -> int:
         """Rows besides the batch whose signals the loss compares with, drawn anew for every step."""
         return 0

@@ -47,6 +47,9 @@ class MiniLm(Method):
         require_same_heads(shapes, "minilm", fix=other)
         return (Signal("attention.qkv", self._pair(shapes)[1]),)
 
+    def takes_scores(self) -> bool:
+        return True
+
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
         return (f"qkv@{self._pair(shapes)[0]}",)
 

@@ -92,6 +92,9 @@ class MiniLmV2(Method):
         self._heads(shapes)
         return (Signal("attention.qkv", self._pair(shapes)[1]),)
 
+    def takes_scores(self) -> bool:
+        return any({first, second} == {"q", "k"} for first, second in self._relations())
+
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
         kind = "token" if self._adapts_states(shapes) else "qkv"
         return (f"{kind}@{self._pair(shapes)[0]}",)

@@ -80,6 +80,8 @@ def test_layers_side_by_side_are_written_as_a_range() -> None:
         ("", "empty signal name"),
         ("token_ids", "always stored"),
         ("../../etc/passwd", "unknown signal"),
+        ("attention.relation@12", "is not stored(?s:.*)attention.qkv@LAYER: relations of any number of heads follow"),
+        ("attention.probability@2", "is not stored(?s:.*)attention.score@LAYER: probabilities follow"),
         ("attention.score@0", "layers 1 to 6"),
         ("attention.score@0-3", "layers 1 to 6"),
     ],

@@ -91,6 +91,7 @@ def test_missing_signals_are_named_with_the_command_that_adds_them(
         ({"student": "mobilebert", "fp16": True}, "overflows in float16"),
         ({"student": "bert", "method": "minilmv2", "torch_compile": True}, "leave --torch-compile out"),
         ({"student": "bert:heads=2", "method": "minilm"}, "fit student 'bert:heads=2' as they are: alp-kd, ckd"),
+        ({"student": "bert:heads=2", "method": "minilm"}, "in part: ir-kd:attention=false, mobilebert:attention=0"),
         ({"early_stopping_patience": 2}, "needs rows to evaluate on"),
         ({"metric_for_best_model": "acuracy", "validation_fraction": 0.3}, "did you mean 'accuracy'?"),
         ({"metric_for_best_model": "agreement", "validation_fraction": 0.3, "baseline": True}, "without --baseline"),
