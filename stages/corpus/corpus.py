@@ -433,20 +433,32 @@ def open_corpus(path: Path | str) -> Corpus:
         RefusedError: not a finished corpus, or its files are not those that were written.
     """
     artifact = open_artifact(path, kind="corpus")
-    content = artifact.content
-    for record in content["files"]:
+    content, again = artifact.content, "make the corpus again: kd augment ... --overwrite"
+    files, counts = content.get("files"), content.get("counts")
+    if not (
+        isinstance(files, list)
+        and all(isinstance(record, dict) and isinstance(record.get("file"), str) for record in files)
+        and isinstance(counts, dict)
+        and isinstance(content.get("corpus_fingerprint"), str)
+    ):
+        raise RefusedError(f"the manifest of corpus {artifact.path} was edited or damaged", fix=again)
+    for record in files:
         file = artifact.path / record["file"]
         found = _file_record(artifact.path, file) if file.is_file() else None
         if found != record:
             raise RefusedError(
                 f"{file} is {'missing' if found is None else 'not the file that was written'}",
                 details=[] if found is None else differing_fields(record, found),
-                fix="make the corpus again: kd augment ... --overwrite",
+                fix=again,
             )
-    info = CorpusInfo.from_json(content["info"])
-    tables = [pq.read_table(artifact.path / record["file"], schema=schema(info.task)) for record in content["files"]]
+    info = CorpusInfo.from_json(content.get("info"))
+    tables = [pq.read_table(artifact.path / record["file"], schema=schema(info.task)) for record in files]
     table = pa.concat_tables(tables) if tables else schema(info.task).empty_table()
-    corpus = Corpus(table.unify_dictionaries(), info, dict(content["counts"]))
+    if len(table) != content.get("num_rows"):
+        raise RefusedError(
+            f"corpus {artifact.path} has {len(table)} rows, its manifest says {content.get('num_rows')!r}", fix=again
+        )
+    corpus = Corpus(table.unify_dictionaries(), info, counts)
     # The files are those of the manifest, so its digest of the rows is theirs.
     corpus.__dict__["fingerprint"] = content["corpus_fingerprint"]
     return corpus

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...pipeline.errors import RefusedError
 from .source import TASKS
 
 EXAMPLE_ID_BYTES = 16
@@ -69,9 +70,21 @@ class CorpusInfo:
         return asdict(self) | {"label_names": list(self.label_names)}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> CorpusInfo:
-        """The info that `to_json` wrote."""
-        return cls(**{**fields, "label_names": tuple(fields["label_names"])})
+    def from_json(cls, fields: Any) -> CorpusInfo:
+        """The info that `to_json` wrote; RefusedError for anything else, since a manifest may be anybody's."""
+        try:
+            info = cls(**{**fields, "label_names": tuple(fields["label_names"])})
+        except (TypeError, KeyError):
+            info = None
+        columns = () if info is None else (info.text_column, info.text_pair_column, info.label_column)
+        if (
+            info is None
+            or not all(isinstance(text, str) for text in (*info.label_names, info.text_column))
+            or not all(isinstance(text, str | None) for text in columns)
+            or info.task not in (*_LABEL_COLUMN,)
+        ):
+            raise RefusedError(f"a manifest says of its rows what no corpus says: {fields!r:.200}", fix="make it again")
+        return info
 
 
 def label_field(task: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,16 @@ def test_a_folder_without_manifest_is_no_corpus(tmp_path: Path) -> None:
     write_corpus(load(tmp_path, {"text": ["a"]}), tmp_path / "corpus")
     with pytest.raises(RefusedError, match="has no manifest"):
         open_corpus(tmp_path / "corpus")
+
+
+def test_a_manifest_that_was_edited_is_refused_whatever_stands_in_it(tmp_path: Path) -> None:
+    folder = finish(load(tmp_path, {"text": ["a", "b"], "label": [0, 1]}), tmp_path / "corpus")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = manifest["content"]
+    edits = [{name: value} for name in ("files", "info", "counts", "corpus_fingerprint") for value in (None, [5], 5)]
+    edits += [{"files": [None]}, {"files": []}, {"num_rows": 3}, {"info": {}}]
+    edits += [{"info": content["info"] | change} for change in ({"task": ["x"]}, {"label_names": [1]}, {"more": 1})]
+    for edit in edits:
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"content": content | edit}))
+        with pytest.raises(RefusedError, match=r"edited or damaged|what no corpus says|has \d rows"):
+            print(edit, open_corpus(folder).info)
