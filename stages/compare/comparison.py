@@ -81,7 +81,13 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
         for group in groups
     ]
 
-    models = {str(index): row.model for index, row in enumerate(scored)}
+    # Groups that differ in training alone have one speed: the first of them is timed.
+    twins: dict[tuple[str, int], str] = {}
+    timed_as = [
+        twins.setdefault((group.first.student, row.model.num_parameters), str(index))
+        for index, (group, row) in enumerate(zip(groups, scored, strict=True))
+    ]
+    models = {name: scored[int(name)].model for name in twins.values()}
     if teacher is not None:
         models[TEACHER] = teacher.model
     speeds: dict[str, dict[str, float]] = {}
@@ -100,8 +106,8 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
                 speed["speed_up"] = speeds[TEACHER]["p50_ms"] / speed["p50_ms"]
 
     rows = [
-        _row(group, row, task, teacher) | {"cost": _cost(row.model) | speeds.get(str(index), {})}
-        for index, (group, row) in enumerate(zip(groups, scored, strict=True))
+        _row(group, row, task, teacher) | {"cost": _cost(row.model) | speeds.get(name, {})}
+        for group, row, name in zip(groups, scored, timed_as, strict=True)
     ]
     notes = _add_differences(rows, groups, scored, teacher, metric_name, task, labels, stage, progress)
     if task == "single-label" and len(corpus) < SMALL_SPLIT:

@@ -63,6 +63,7 @@ def test_the_table_holds_what_the_protocol_asks_for(runs, tiny_teacher, judged, 
     cost = distilled["cost"]
     assert cost["parameters"] > cost["parameters_without_embeddings"] > 0
     assert 0 < cost["p50_ms"] <= cost["p95_ms"]
+    assert {group["cost"]["p50_ms"] for group in summary["groups"]} == {cost["p50_ms"]}, "one student, timed once"
     assert cost["speed_up"] == pytest.approx(summary["teacher"]["cost"]["p50_ms"] / cost["p50_ms"])
     assert any("one standard error" in note for note in summary["notes"])
 
