@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class RunWorkflow(Stage):
             variables["seed"] = self.seed
         workflow = read_workflow(self.file, StageClasses(), variables=variables, output_dir=self.output_dir)
         if self.only:
-            workflow = workflow.only(self.only)
+            workflow = workflow.only(_names(self.only))
         named = {"workflow": workflow.name, "workflow_dir": workflow.output_dir}
         if self.print_commands:
             commands = commands_of(workflow)
@@ -105,6 +106,15 @@ class RunWorkflow(Stage):
         if summary.get("comparison_table"):
             lines += ["", summary["comparison_table"]]
         return "\n".join(lines)
+
+
+def _names(entries: Iterable[str]) -> list[str]:
+    """The steps that --only names: a comma parts them, but for those between the brackets of one instance.
+
+    >>> _names(("teacher", "student[seed=1", "kind=a]"))
+    ['teacher', 'student[seed=1,kind=a]']
+    """
+    return re.findall(r"[^,\[]+(?:\[[^\]]*\]?)?", ",".join(entries))
 
 
 _OUTCOME = ("skipped", "changed", "output_dir", "fingerprint")

@@ -178,6 +178,13 @@ def test_the_table_for_people_ends_in_the_comparison(env: dict[str, str]) -> Non
     assert lines[-3:] == ["| total |", "|---|", "| 2 |"]
 
 
+def test_one_instance_of_several_axes_can_be_asked_for(env: dict[str, str]) -> None:
+    text = "name: flow\nsteps: [{id: a, stage: make, matrix: {value: [1, 2], label: [x, y]}}, {id: b, stage: make}]\n"
+    Path("flow.yaml").write_text(text)
+    planned = kd(env, "run", "flow.yaml", "--only", "a[value=2,label=x],b", "--dry-run")
+    assert [*states(planned)] == ["a[value=2,label=x]", "b"]
+
+
 def test_several_comparisons_are_all_shown(env: dict[str, str]) -> None:
     with Path("flow.yaml").open("a") as file:
         file.write('  - {id: other, stage: compare, with: {things: ["${steps.a.output_dir}"]}}\n')

