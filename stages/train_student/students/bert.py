@@ -196,10 +196,15 @@ def _without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def copy_into(model: PreTrainedModel, tensors: Mapping[str, np.ndarray]) -> int:
-    """Copy tensors into the parameters of a model that have their name (after its base prefix) and shape.
+    """Copy tensors into the parameters of a model that have their name, after its base prefix.
+
+    Embeddings and heads of another shape (more positions, another task) are left as they are.
 
     Returns:
         How many were copied.
+
+    Raises:
+        RefusedError: a tensor of a block has another shape than the student's.
     """
     import torch
 
@@ -208,7 +213,15 @@ def copy_into(model: PreTrainedModel, tensors: Mapping[str, np.ndarray]) -> int:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = tensors.get(name.removeprefix(prefix))
-            if value is not None and tuple(value.shape) == tuple(parameter.shape):
+            if value is None:
+                continue
+            if value.shape == tuple(parameter.shape):
                 parameter.copy_(torch.from_numpy(value))
                 copied += 1
+            elif name.startswith(prefix + "encoder."):
+                raise RefusedError(
+                    f"the teacher's {name.removeprefix(prefix)} has shape {value.shape}, the student's "
+                    f"{tuple(parameter.shape)}",
+                    fix="--init embeddings",
+                )
     return copied

@@ -262,6 +262,19 @@ def test_bert_layers_are_the_teachers_blocks_in_the_order_given(
     torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
 
 
+def test_a_block_of_another_shape_is_refused_not_left_at_random(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = facts(view)
+    blocks = teacher.tensors("layers")
+    name = next(name for name in blocks if name.endswith("attention.self.query.weight"))
+    forged = {**blocks, name: blocks[name][:, 1:]}
+    original = type(teacher).tensors
+    monkeypatch.setattr(
+        type(teacher), "tensors", lambda self, part: forged if part == "layers" else original(self, part)
+    )
+    with pytest.raises(RefusedError, match=r"query.weight has shape \(32, 31\), the student's \(32, 32\)"):
+        build(parse_student("bert"), parse_start("layers:1+2"), teacher)
+
+
 def test_a_mobilebert_keeps_its_padding_row_at_zero(view: Any) -> None:
     model, _ = build(
         parse_student("mobilebert:embedding_size=16:num_layers=1:bottleneck_size=16"), Start("embeddings"), facts(view)
