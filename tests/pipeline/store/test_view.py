@@ -143,8 +143,10 @@ def test_a_damaged_view_is_refused_in_one_sentence(made, damage: str) -> None:
 
 def test_a_folder_that_is_no_view_is_refused(made, tmp_path: Path) -> None:
     store, path, *_ = made
-    with pytest.raises(RefusedError, match=r"has no manifest\.json"):
+    with pytest.raises(RefusedError, match="is a store, not a view"):
         open_view(store.url)
+    with pytest.raises(RefusedError, match=r"has no manifest\.json"):
+        open_view(path.parent)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["content"]["store"]
     (path / "manifest.json").write_text(json.dumps(manifest))
