@@ -50,20 +50,20 @@ LIVE_TARGETS = {"live float32": 20.0, "live bfloat16": 8.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer cases and steps: well under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and steps: about a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
     parser.add_argument("--rows", type=int, help="in the store of the steps (default 20,000; 8,000 if quick)")
     parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 5)")
     parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 1 if quick)")
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
-    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 24; 8 if quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 24; 4 if quick)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
     steps = options.steps or 5
     live_steps, live_rounds = options.live_steps or (1 if quick else 6), 1 if quick else 2
-    rounds = options.rounds or (8 if quick else 24)
+    rounds = options.rounds or (4 if quick else 24)
 
     quiet_transformers()
     figures: list[Figure] = []
@@ -74,8 +74,9 @@ def main() -> None:
         bench = partial(Workbench, store, folder=Path(folder), batch_size=options.batch_size)
         if "step" in options.only:
             of_steps = partial(bench, steps=rounds * steps, warm_up=3 if quick else 8)
-            cases = {"step, logits": of_steps, "step, logits, bf16": partial(of_steps, autocast="bf16")}
+            cases = {"step, logits": of_steps}
             if not quick:
+                cases["step, logits, bf16"] = partial(of_steps, autocast="bf16")
                 cases["step, logits and hidden.tok"] = partial(of_steps, signals=(LOGITS, TOKENS))
             with Relay(4) as relay:
                 for name, case in cases.items():
