@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,10 +44,13 @@ class Relay:
 
     Args:
         count: how many; at least as many as there are ways in a set.
+        imports: modules that ways need, imported once for all: each process is a copy of one that has them and has
+            computed nothing yet.
     """
 
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, count: int, imports: Sequence[str] = ()) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", *imports])
         pipes = [context.Pipe() for _ in range(count)]
         self._connections = [ours for ours, _ in pipes]
         self._processes = [context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pipes]

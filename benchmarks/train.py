@@ -56,14 +56,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each way and round (default 5)")
     parser.add_argument("--live-steps", type=int, help="those with a live teacher (default 6; 1 if quick)")
     parser.add_argument("--resume-rows", type=int, help="default 1,000,000; 100,000 if quick")
-    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 24; 4 if quick)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of steps, after a warm-up (default 24; 3 if quick)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--teacher-layers", type=int, default=12, help="of the live teacher; BERT-base has 12")
     options = parser.parse_args()
     quick = options.quick
     steps = options.steps or 5
     live_steps, live_rounds = options.live_steps or (1 if quick else 6), 1 if quick else 2
-    rounds = options.rounds or (4 if quick else 24)
+    rounds = options.rounds or (3 if quick else 24)
 
     quiet_transformers()
     figures: list[Figure] = []
@@ -78,7 +78,7 @@ def main() -> None:
             if not quick:
                 cases["step, logits, bf16"] = partial(of_steps, autocast="bf16")
                 cases["step, logits and hidden.tok"] = partial(of_steps, signals=(LOGITS, TOKENS))
-            with Relay(4) as relay:
+            with Relay(4, imports=("transformers.trainer", "kd.stages.train_student.trainer")) as relay:
                 for name, case in cases.items():
                     figures += step_figures(name, case, relay, rounds, with_trainer=name == "step, logits")
             millions = of_steps().num_trainable / 1e6
@@ -131,7 +131,8 @@ def live_figures(what: str, case: Workbench, rounds: int) -> list[Figure]:
     ways = {"kd": case.kd, **{f"live {dtype}": partial(case.live, dtype) for dtype in ("float32", "bfloat16")}}
     per_epoch = EPOCH_ROWS / (case.steps * case.order.rows_per_step)
     targets = LIVE_TARGETS if case.student == "bilstm" else {}
-    seconds = take_turns({name: partial(case.timed, way) for name, way in ways.items()}, rounds)
+    # Every turn has a warm-up of its own; a round of them is for more than one round to compare.
+    seconds = take_turns({name: partial(case.timed, way) for name, way in ways.items()}, rounds, warm_up=rounds > 1)
     return compared(what, seconds, unit="s/epoch", number=lambda s: s * per_epoch, at_least=targets)
 
 
