@@ -20,10 +20,11 @@ from ..artifact import kd_version, open_artifact
 from ..errors import RefusedError, VerificationError
 from .compact import compact_records
 from .files import STAGING
-from .layout import INDEX, array_label, parse_shard_file
-from .records import Catalogue, FileRecord, Record, RecordReader, build_catalogue, live_files, require_none
-from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
-from .signal import Signal
+from .layout import INDEX, array_label, index_file, parse_shard_file
+from .records import Catalogue, FileRecord, Problem, Record, RecordReader, build_catalogue, live_files, require_none
+from .register import RegisteredView, enter_view, lost_shards, place_of, read_views, to_ranges
+from .repair_records import allocation_on_disk
+from .signal import ARRAY_NAMES, Signal
 from .store import TeacherStore
 from .verify import unrecorded_files
 from .view import read_rows
@@ -40,6 +41,8 @@ class Garbage:
         gone: views whose folders are not there any more, by fingerprint: the place that was entered last.
         files: shard files of signals that go.
         leftovers: (name, bytes) of files that a killed process left and no record names.
+        unrecorded: shard files without a record of signals that a standing view needs; they stay: the next capture or
+            repair replaces them.
         foreign: files that kd did not write; they stay.
     """
 
@@ -47,6 +50,7 @@ class Garbage:
     gone: Mapping[str, str] = field(default_factory=dict)
     files: tuple[FileRecord, ...] = ()
     leftovers: tuple[tuple[str, int], ...] = ()
+    unrecorded: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
 
     @property
@@ -68,6 +72,7 @@ class Garbage:
             "files": len(self.files) + len(self.leftovers),
             "signals": signals,
             "leftovers": [name for name, _ in self.leftovers],
+            "unrecorded": [*self.unrecorded],
             "foreign": [*self.foreign],
             "views_kept": [*self.kept],
             "views_gone": [*self.gone.values()],
@@ -96,7 +101,8 @@ def collect_garbage(
         records, problems = reader.read()
         catalogue, contradictions = build_catalogue(records)
         views, damaged = read_views(files, store.store_digest)
-        require_none([*problems, *contradictions, *damaged], store.url)
+        problems += [*contradictions, *damaged, *lost_shards(views, catalogue.num_shards)]
+        require_none([*problems, *_lost_rows(store, catalogue)], store.url)
         garbage = _find(store, catalogue, [*views, *kept])
         if not delete:
             return garbage
@@ -162,11 +168,14 @@ def _find(store: TeacherStore, catalogue: Catalogue, views: Iterable[RegisteredV
         signal = catalogue.specs[path].signal
         mask = needed.get((signal.name, signal.layer), nobody)
         unneeded += [file for shard, file in sorted(catalogue.files[path].items()) if not mask[shard]]
-    ours, foreign = [], []
+    ours, unrecorded, foreign = [], [], []
     for name in unrecorded_files(store, catalogue.records):
         if name.startswith(f"{STAGING}/"):
             continue  # may belong to a living process; swept by what no one holds
-        if _INDEX_FILE.fullmatch(name) or parse_shard_file(name) is not None:
+        array = parse_shard_file(name)
+        if array is not None and _needs(needed, *array):
+            unrecorded.append(name)
+        elif array is not None or _INDEX_FILE.fullmatch(name):
             ours.append((name, store.files.size(name)))
         else:
             foreign.append(name)
@@ -175,8 +184,28 @@ def _find(store: TeacherStore, catalogue: Catalogue, views: Iterable[RegisteredV
         {print_: place for print_, place in gone.items() if print_ not in standing},
         tuple(unneeded),
         tuple(ours),
+        tuple(unrecorded),
         tuple(foreign),
     )
+
+
+def _needs(needed: Mapping[tuple[str, int | None], npt.NDArray[np.bool_]], path: str, shard: int) -> bool:
+    """Whether a standing view needs the signal of an array in a shard."""
+    name, _, layer = path.partition("/")
+    signal = ARRAY_NAMES[name][0] if name in ARRAY_NAMES else name
+    mask = needed.get((signal, int(layer) if layer else None))
+    return mask is not None and shard < len(mask) and bool(mask[shard])
+
+
+def _lost_rows(store: TeacherStore, catalogue: Catalogue) -> list[Problem]:
+    """Rows on disk that are whole and have no record: it was lost, or a process was killed just before it wrote it."""
+    what = "no record names its rows, which are whole"
+    shards = [int(name[:8]) for name in store.files.list(INDEX) if _INDEX_FILE.fullmatch(f"{INDEX}/{name}")]
+    return [
+        Problem(shard, "record", index_file(shard), what)
+        for shard in shards
+        if shard >= catalogue.num_shards and allocation_on_disk(store, shard) is not None
+    ]
 
 
 def _drop(store: TeacherStore, reader: RecordReader, catalogue: Catalogue, files: Sequence[FileRecord]) -> None:

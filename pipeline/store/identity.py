@@ -51,7 +51,7 @@ class StoreIdentity:
         if lines:
             raise RefusedError(
                 f"store {url} was not captured from this teacher with these settings "
-                f"({len(lines)} field{'s' if len(lines) > 1 else ''} differ; store → asked for)",
+                f"({len(lines)} {'fields differ' if len(lines) > 1 else 'field differs'}; store → asked for)",
                 details=lines,
                 fix="give another --store, or the teacher and settings that this store was captured with",
             )

@@ -24,8 +24,8 @@ from .index import read_index
 from .keys import Keys, match_keys
 from .layout import StoreLayout
 from .reader import read_shard
-from .records import FileRecord, hash_parts
-from .register import to_ranges
+from .records import FileRecord, hash_parts, require_none
+from .register import lost_shards, read_views, to_ranges
 from .signal import ArraySpec
 from .store import TeacherStore
 from .verify import compare_file, verify_shard
@@ -65,7 +65,9 @@ class _Source:
 
     def __init__(self, store: TeacherStore) -> None:
         self.store = store
+        views, _ = read_views(store.files, store.store_digest)
         self.catalogue = store.catalogue()
+        require_none(lost_shards(views, self.catalogue.num_shards), store.url)
         self.by_content = {
             record.index.content: record.shard for record in self.catalogue.allocations if record.index is not None
         }
@@ -180,7 +182,7 @@ def require_alike(target: TeacherStore, source: TeacherStore) -> None:
         except RefusedError as error:
             raise RefusedError(
                 f"store {source.url} cannot be merged into {target.url}: they are not of one teacher, capture and "
-                f"layout ({len(error.details)} field{'s' if len(error.details) > 1 else ''} differ; source → target)",
+                f"layout (source → target)",
                 details=error.details,
                 fix="merge it into a store of its own",
             ) from None

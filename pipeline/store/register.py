@@ -19,7 +19,7 @@ from ..artifact import read_manifest
 from ..errors import KdError, VerificationError
 from ..fingerprint import fingerprint as fingerprint_of
 from .files import StoreFiles
-from .layout import MAX_SHARDS, VIEWS
+from .layout import COMMITS, MAX_SHARDS, VIEWS
 from .records import Problem
 
 FORMAT = 1
@@ -146,6 +146,13 @@ def read_views(files: StoreFiles, store: str) -> tuple[list[RegisteredView], lis
             what = error.what if isinstance(error, KdError) else str(error)
             problems.append(Problem(None, f"view {name.partition('.')[0]}", f"{VIEWS}/{name}", what))
     return views, problems
+
+
+def lost_shards(views: Iterable[RegisteredView], num_shards: int) -> list[Problem]:
+    """Shards from `num_shards` on that hold rows of a view: it was entered after their records, which are gone."""
+    lost = sorted({shard for view in views for shard in view.shards if shard >= num_shards})
+    what = "the record of its allocation is missing, and a view has rows in it"
+    return [Problem(shard, "record", COMMITS, what) for shard in lost[:1000]]
 
 
 def _decode(data: bytes, *, name: str, store: str) -> RegisteredView:

@@ -26,6 +26,7 @@ from .index import decode_index, encode_index
 from .keys import row_keys
 from .layout import COMMITS, GROUP_FILE, RECORD_NAME, index_file, parse_shard_file, shard_file
 from .records import FileRecord, Record, RecordReader, build_catalogue, decode_record, hash_parts
+from .register import read_views
 from .repair import Outcome, sound_records, undo_flip
 from .signal import ArraySpec
 from .store import TeacherStore
@@ -161,13 +162,13 @@ def _recovered(store: TeacherStore, lost: _Lost) -> bytes | None:
     found = undo_flip(lost.data, lost.fits)
     if found is not None:
         return found
-    for record in (_allocation_on_disk(store, lost.shard), *_signal_records(store, lost)):
+    for record in (allocation_on_disk(store, lost.shard), *_signal_records(store, lost)):
         if record is not None and record.digest == lost.digest:
             return record.encode()
     return None
 
 
-def _allocation_on_disk(store: TeacherStore, shard: int) -> Record | None:
+def allocation_on_disk(store: TeacherStore, shard: int) -> Record | None:
     """The allocation record that index and ids of a shard make; None unless they belong together, byte for byte."""
     layout = store.layout
     try:
@@ -258,17 +259,19 @@ def _restore_allocations(store: TeacherStore, outcome: Outcome) -> None:
             there.setdefault(record.shard, set()).add(record.digest)
         else:
             named.setdefault(record.shard, set()).add(record.allocation)
-    for shard in range(1 + max((record.shard for record in records), default=-1)):
+    views = read_views(store.files, store.store_digest)[0]
+    known = {*(record.shard for record in records), *(shard for view in views for shard in view.shards)}
+    for shard in range(1 + max(known, default=-1)):
         wanted = named.get(shard, set())
         # One that no other record of the shard knows may have been edited: is the right one on disk?
         if shard in there and (not wanted or wanted & there[shard]):
             continue
-        found = _allocation_on_disk(store, shard)
+        found = allocation_on_disk(store, shard)
         # Without any other record of the shard, index and ids that agree in every row key are proof enough.
         if found is not None and (found.digest in wanted or not wanted):
             store.files.create(found.file, found.encode())
             outcome.restore(shard, "record", found.file, "rebuilt from the index and the token ids")
-        elif shard not in there and wanted:
+        elif shard not in there:
             outcome.lose(
                 f"{COMMITS}/{shard:08d}",
                 f"the allocation of shard {shard} is lost, and index and token ids on disk do not give it: "

@@ -40,7 +40,7 @@ from .layout import (
 )
 from .plan import PlannedShard, ShardSize
 from .records import Catalogue, FileRecord, Record, RecordReader, hash_parts, require_none
-from .register import RegisteredView, enter_view, place_of, read_views, to_ranges
+from .register import RegisteredView, enter_view, lost_shards, place_of, read_views, to_ranges
 from .signal import ARRAY_NAMES, SIGNALS, ArraySpec, Signal, place
 from .writer import ShardWriter, shard_parts
 
@@ -366,6 +366,7 @@ class TeacherStore:
         with self.files.lock():
             index = self.index()
             first_shard = len(index.allocations)
+            self._require_records(first_shard)
             matches = match_inputs(inputs, index.shards(), index.num_rows)
             planned = plan_new(inputs, matches)
             self._grow(first_shard + len(planned))
@@ -394,6 +395,7 @@ class TeacherStore:
         numbers: list[int | None] = []
         with self.files.lock():
             catalogue = self.catalogue()
+            self._require_records(catalogue.num_shards)
             index = RowIndex(self.files, self.layout, catalogue.allocations)
             known = np.split(index.lookup(np.concatenate(keys)) >= 0, np.cumsum([len(k) for k in keys])[:-1])
             new = [number for number, there in enumerate(known) if not there.any()]
@@ -407,6 +409,10 @@ class TeacherStore:
                 numbers.append(place)
             self._compact_if_many()
         return tuple(numbers)
+
+    def _require_records(self, num_shards: int) -> None:
+        """VerificationError where a view has rows in shards without a record: new rows would take their places."""
+        require_none(lost_shards(read_views(self.files, self.store_digest)[0], num_shards), self.url)
 
     def _write_rows(self, shard: int, keys: Keys, token_ids: Ragged, segment_ids: Ragged) -> None:
         ids_spec, segments_spec = self.layout.input_specs

@@ -32,7 +32,7 @@ from .layout import (
 )
 from .reader import read_shard
 from .records import FileRecord, Problem, Record, RecordReader, build_catalogue, hash_parts, live_files
-from .register import read_views
+from .register import lost_shards, read_views
 from .sidecar import RECORD as SIDECAR_RECORD
 from .sidecar import list_sidecars, read_record, verify_sidecar
 from .signal import ArraySpec
@@ -99,10 +99,13 @@ def verify_store(
         VerificationError: store.json itself is damaged.
     """
     store = open_store(url)
+    # Before the records: a view that is entered meanwhile may be of shards that are added meanwhile.
+    views, damaged = read_views(store.files, store.store_digest)
     reader = RecordReader(store.files, store.store_digest, store.layout, fresh=True)
     records, problems = reader.read()
     catalogue, contradictions = build_catalogue(records)
     problems += contradictions
+    problems += lost_shards(views, 1 + max((record.shard for record in records), default=-1))
     problems += _verify_store_file(store)
     num_files, num_bytes = 1 + len(store.files.list(COMMITS)), 0
     chosen = sorted({record.shard for record in records if shards is None or record.shard in shards})
@@ -122,7 +125,6 @@ def verify_store(
         problems += verify_sidecar(store.files, sidecar)
         num_files += 1 + len(sidecar.files)
         num_bytes += sum(size for size, _ in sidecar.files.values())
-    views, damaged = read_views(store.files, store.store_digest)
     problems += damaged
     num_files += len(views)
     unrecorded = unrecorded_files(store, records)

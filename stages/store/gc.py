@@ -44,6 +44,11 @@ class CollectStore(Stage):
             lines.append(f"  {label}  shards {shards}, {size(signal['bytes'])}")
         if summary["leftovers"]:
             lines.append(f"  left by killed processes: {len(summary['leftovers']):,} files")
+        if summary["unrecorded"]:
+            lines.append(
+                f"  left alone: {len(summary['unrecorded']):,} files that a view needs and no record names; "
+                "kd store repair captures them again"
+            )
         lines += [f"  view is gone: {place}" for place in summary["views_gone"]]
         lines += [f"  kept for view {place}" for place in summary["views_kept"]]
         lines += [f"  not kd's, left alone: {name}" for name in summary["foreign"][:10]]

@@ -173,3 +173,36 @@ def test_a_damaged_register_or_record_stops_it(store: TeacherStore, enter: Enter
     with pytest.raises(VerificationError, match="edited or damaged"):
         collect_garbage(store, delete=True)
     assert tools.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", ["compacted", "loose", "no view"])
+def test_rows_whose_records_are_gone_are_damage_and_stop_whatever_would_write_over_them(
+    store: TeacherStore, enter: Enter, tmp_path: Path, tools, how: str
+) -> None:
+    if how != "no view":
+        enter("mine", range(4), range(5))
+    if how == "loose":
+        for record in store.shard_records(4):
+            Path(store.url, record.file).unlink()
+    else:
+        store.compact()
+        (compacted,) = Path(store.url, "commits").iterdir()
+        compacted.unlink()
+    before = tools.tree(tmp_path)
+    with pytest.raises(VerificationError, match="is damaged") as refused:
+        collect_garbage(open_store(store.url), delete=True)
+    assert "shard 4, record" in str(refused.value)
+    if how != "no view":
+        assert "shard 4, record" in "".join(map(str, open_store(store.url).verify().problems))
+        with pytest.raises(VerificationError, match="a view has rows in it"):
+            open_store(store.url).allocate(*tools.make_rows(7, seed=3))
+    assert tools.tree(tmp_path) == before
+
+
+def test_a_file_that_a_view_needs_stays_when_its_record_is_gone(store: TeacherStore, enter: Enter) -> None:
+    enter("mine", [0], range(5))
+    (record,) = (record for record in store.shard_records(2) if record.index is None)
+    Path(store.url, record.file).unlink()
+    said = collect_garbage(open_store(store.url), delete=True)
+    assert said.unrecorded == ("logits/c/2/0",) and Path(store.url, "logits/c/2/0").exists()
+    assert "hidden.cls/02/c/2/0" in {name for name, _ in said.leftovers}

@@ -531,3 +531,14 @@ def test_an_edited_allocation_gives_way_to_the_one_that_the_files_make(store: Pa
     rewritten(store, 1, allocation=True, rows=15)
     assert repair(store, None).failure is None
     assert content(store) == content(sound)
+
+
+def test_a_store_that_lost_its_compacted_records_gets_them_back(store: Path, sound: Path, tiny_teacher: Path) -> None:
+    """Nothing names a shard any more but the register of views: such a store was called sound, and gc emptied it."""
+    open_store(str(store)).compact()
+    (compacted,) = (store / "commits").iterdir()
+    compacted.unlink()
+    assert {problem.shard for problem in verify_store(str(store)).problems} == {0, 1, 2}
+    outcome = repair(store, tiny_teacher)
+    assert outcome.failure is None and outcome.summary["rows_computed"] == 40
+    assert open_store(str(store)).digest() == open_store(str(sound)).digest()
