@@ -30,6 +30,8 @@ SPLIT_SYNONYMS = (
 )
 """Names under which a split is also looked for."""
 
+_SAVE_AGAIN = "save it again: dataset.save_to_disk(folder)"
+
 Chooser = Callable[[Sequence[str]], Sequence[str]]
 """From the columns a file has to those that are to be read; raises when one is missing."""
 
@@ -173,7 +175,7 @@ def _canonical(name: str) -> str | None:
 def _splits_on_disk(folder: Path) -> dict[str, list[Path]]:
     """Split name to files: `<split>.ext`, `<split>-00000-of-00002.ext`, `<split>/...`, in the folder or `data/`."""
     if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        names = _saved(folder / "dataset_dict.json", "splits", str)
         return {name: _saved_files(folder / name) for name in names}
     if (folder / "state.json").is_file():
         return {"train": _saved_files(folder)}
@@ -197,8 +199,21 @@ def _splits_on_disk(folder: Path) -> dict[str, list[Path]]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    state = json.loads((folder / "state.json").read_text())
-    return [folder / file["filename"] for file in state["_data_files"]]
+    named = _saved(folder / "state.json", "_data_files", lambda file: str(file["filename"]))
+    files = [folder / name for name in named]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise RefusedError(f"{folder} lacks files that its state.json names", details=missing[:5], fix=_SAVE_AGAIN)
+    return files
+
+
+def _saved(file: Path, key: str, read: Callable[[Any], str]) -> list[str]:
+    """A list in a file that `save_to_disk` wrote."""
+    try:
+        return [read(item) for item in json.loads(file.read_text(encoding="utf-8"))[key]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RefusedError(
+            f"{file} does not describe a saved dataset: {type(error).__name__}: {_first_line(error)}", fix=_SAVE_AGAIN
+        ) from None
 
 
 def _only_split(folder: Path) -> str | None:
@@ -275,8 +290,8 @@ def _read_parquet(path: Path, choose: Chooser) -> _Part:
 
 
 def _read_arrow(path: Path, choose: Chooser) -> _Part:
-    source = pa.memory_map(str(path))
     try:
+        source = pa.memory_map(str(path))
         try:
             table = pa.ipc.open_file(source).read_all()
         except pa.ArrowInvalid:
@@ -305,6 +320,8 @@ def _read_json(path: Path, choose: Chooser) -> _Part:
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise RefusedError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+            raise RefusedError(f"{path} cannot be read: {_first_line(error)}") from None
         numbered = list(enumerate(rows, start=1))
         place = "item"
     else:
@@ -321,6 +338,8 @@ def _read_json(path: Path, choose: Chooser) -> _Part:
                     f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})",
                     fix="write one JSON object per line",
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise RefusedError(f"{path}, line {number}: cannot be read: {_first_line(error)}") from None
     names: dict[str, None] = {}
     for number, row in numbered:
         if not isinstance(row, dict):
@@ -334,6 +353,8 @@ def _read_json(path: Path, choose: Chooser) -> _Part:
             columns[name] = pa.array(values)
         except UnicodeEncodeError as error:
             raise RefusedError(f"column {name!r} of {path} holds text that is not Unicode: {error.reason}") from None
+        except OverflowError:
+            raise RefusedError(f"column {name!r} of {path} holds numbers of more than 64 bits") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             kinds = {type(value).__name__: number for (number, _), value in zip(numbered, values, strict=True)}
             found = ", ".join(f"{kind} ({place} {number})" for kind, number in kinds.items() if kind != "NoneType")
@@ -471,20 +492,38 @@ def _name_and_configuration(dataset: str) -> tuple[str, str | None]:
     return (owner, configuration) if dataset.count("/") == 2 and not Path(dataset).exists() else (dataset, None)
 
 
+_NO_DECLARATION = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What comes of reading a declaration of classes in something that is none."""
+
+
 def _classes_in_schema(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     raw = (schema.metadata or {}).get(b"huggingface")
-    return _classes_in_features(json.loads(raw).get("info", {}).get("features", {})) if raw else {}
+    try:
+        return _classes_in_features(json.loads(raw).get("info", {}).get("features", {})) if raw else {}
+    except _NO_DECLARATION:
+        return {}
 
 
 def _classes_in_dataset_info(*folders: Path) -> dict[str, tuple[str, ...]]:
     for folder in folders:
-        if (folder / "dataset_info.json").is_file():
-            return _classes_in_features(json.loads((folder / "dataset_info.json").read_text()).get("features") or {})
+        file = folder / "dataset_info.json"
+        if file.is_file():
+            try:
+                return _classes_in_features(json.loads(file.read_text(encoding="utf-8")).get("features") or {})
+            except _NO_DECLARATION as error:
+                raise RefusedError(f"{file} does not describe a dataset: {_first_line(error)}") from None
     return {}
 
 
 def _classes_in_card(folder: Path) -> dict[str, tuple[str, ...]]:
     """Class names that the `dataset_info` of a README.md declares, as `datasets` writes it for the hub."""
+    try:
+        return _read_card(folder)
+    except _NO_DECLARATION:
+        return {}
+
+
+def _read_card(folder: Path) -> dict[str, tuple[str, ...]]:
     card = folder / "README.md"
     if not card.is_file():
         return {}

@@ -294,3 +294,30 @@ def test_evaluation_splits_are_those_beside_the_one_in_use(tmp_path: Path) -> No
     assert evaluation_splits(folder, "train+dev[:10]") == [f"{folder}:test_matched"]
     assert evaluation_splits(folder, "dev") == []
     assert evaluation_splits(f"{folder}/unsupervised.csv", None) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("train.json", '[{"text": ' + "1" * 5000 + "}]", "train.json cannot be read"),
+        ("train.jsonl", '{"text": ' + "1" * 5000 + "}", "train.jsonl, line 1: cannot be read"),
+        ("train.jsonl", '{"text": "a", "label": ' + str(2**70) + "}", "numbers of more than 64 bits"),
+        ("dataset_dict.json", "{}", r"dataset_dict.json does not describe a saved dataset: KeyError: 'splits'"),
+        ("dataset_dict.json", '{"splits": ["train"]}', "state.json does not describe a saved dataset: FileNotFound"),
+        ("state.json", '{"_data_files": [{"filename": "data-0.arrow"}]}', "lacks files that its state.json names"),
+        ("dataset_info.json", "[]", "dataset_info.json does not describe a dataset"),
+    ],
+)
+def test_what_describes_a_dataset_and_is_damaged_is_refused(tmp_path: Path, name: str, content: str, says: str) -> None:
+    (tmp_path / name).write_text(content)
+    if name == "dataset_info.json":
+        (tmp_path / "train.csv").write_text("text,label\na b,1\n")
+    with pytest.raises(RefusedError, match=says):
+        load(tmp_path, label_column="label")
+
+
+def test_a_card_that_declares_nothing_that_can_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na b,x\nc d,y\n")
+    for card in ("[1]", "dataset_info: {features: [text]}", "dataset_info: {features: [{dtype: {class_label: 5}}]}"):
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+        assert load(tmp_path, label_column="label").info.label_names == ("x", "y")
