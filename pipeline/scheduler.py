@@ -207,7 +207,8 @@ class _Run:
         with self.starting:
             self.stopped = True
             for process in self.processes.values():
-                _signal(process, signal.SIGINT)
+                # A step takes it as Ctrl-C, and gets it even where SIGINT is ignored: `kd run ... &` in a script.
+                _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         try:
             for thread in threads:

@@ -206,11 +206,19 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_stops_the_steps_too_and_the_same_command_goes_on(env: dict[str, str], number: int) -> None:
-    process = start(env, "run", "flow.yaml", "--set", "until=never")
+@pytest.mark.parametrize(("number", "in_background"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
+def test_an_interrupt_stops_the_steps_too_and_the_same_command_goes_on(
+    env: dict[str, str], number: str, in_background: bool
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if in_background:  # scripts start such processes with SIGINT ignored, and so are those that they start
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process = start(env, "run", "flow.yaml", "--set", "until=never")
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(Path("log"))
-    process.send_signal(number)
+    process.send_signal(signal.Signals[number])
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stdout == ""
