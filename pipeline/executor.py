@@ -28,6 +28,10 @@ RETRIES = 2
 """How often a shard that raised is tried again on a dask worker."""
 IN_FLIGHT = 20_000
 """Shards handed to the scheduler at once; it holds them until a worker is free."""
+NO_WORKERS_S = 300
+"""How long a worker of our own may take to start anew, and shards wait when there is none. Seconds are usual."""
+CLOSE_S = 60
+"""How long workers of our own may take to end; they are daemons, so that none outlives this process."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 2.0
 """How long to wait before deferred shards are tried again; doubled while none of them gets on."""
 
@@ -315,17 +319,24 @@ def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Ite
         "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
         # One shard a worker: a death is then held against the shard that caused it and no other.
         "distributed.scheduler.worker-saturation": 1.0,
+        # After 15 s dask would take a worker that died for lost and not let it come back: on a busy machine it needs
+        # longer to start. And for workers that do not come back it would wait for ever.
+        "distributed.deploy.lost-worker-timeout": f"{NO_WORKERS_S}s",
+        "distributed.scheduler.no-workers-timeout": f"{NO_WORKERS_S}s",
         # Results are small records and the rest is the teacher: spilling and pausing could only stall.
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
     }
-    with (
-        dask.config.set(settings),
-        SpecCluster(
+    with dask.config.set(settings):
+        cluster = SpecCluster(
             workers={index: {"cls": Nanny, "options": own} for index, own in enumerate(options)},
             scheduler={"cls": Scheduler, "options": scheduler},
             silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):
-        yield cluster
+        )
+        try:
+            yield cluster
+        finally:
+            # A worker that dies and starts anew just now can keep its nanny from ever ending.
+            with contextlib.suppress(TimeoutError):
+                cluster.close(timeout=CLOSE_S)

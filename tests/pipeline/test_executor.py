@@ -166,6 +166,7 @@ def scheduler() -> Iterator[str]:
     settings = {
         "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
         "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.deploy.lost-worker-timeout": "300s",  # on a busy machine one that died is not back in 15 s
     }
     with (
         dask.config.set(settings),
@@ -233,6 +234,18 @@ def test_own_workers_have_their_share_of_threads_and_their_own_environment(tmp_p
     records = [outcome.record for outcome in outcomes if outcome.record is not None]
     assert all(record["threads"] == thread_environment(2) for record in records)
     assert {record["device"] for record in records} == {"7", "9"}
+
+
+def test_shards_do_not_wait_for_ever_for_workers_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "NO_WORKERS_S", 1)
+    job = Square(str(tmp_path))
+    with executor._client(1, "local", ()) as client:
+        client.cluster.scale(0)
+        while client.scheduler_info()["workers"]:
+            time.sleep(0.05)
+        outcomes = list(executor._map_on_dask(client, job, [1, 2], [], "gone", lambda rows: None))
+    assert {outcome.shard for outcome in outcomes} == {1, 2}
+    assert all("without any running workers" in str(outcome.failure) for outcome in outcomes)
 
 
 def test_a_cluster_made_by_a_function_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
