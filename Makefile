@@ -25,7 +25,7 @@ quickstart: $(READY)  ## the main job on real text: Banking77, MiniLM teacher, t
 	$(BIN)/kd run workflows/quickstart.yaml
 
 test: $(READY)  ## all tests, with a small part of what `make faults` does
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(READY)  ## the store broken on purpose: kills, flipped bits, hostile files (at most ten minutes on two cores)
 	$(BIN)/python -m pytest -q -m faults tests/faults
@@ -35,7 +35,7 @@ check: $(READY) .links/kd  ## format, lint, types, layers, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p kd
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 bench: $(READY)  ## speed and memory, as ratios within one run: 20 minutes on two cores that do nothing else
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -11,10 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import itertools
 import random
+import runpy
 import signal
+import subprocess
+import sys
+import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,13 +118,33 @@ def make_tiny_teacher(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out `faults` unless `-m` names them; here and not in `addopts`, since the last `-m` alone counts."""
-    if "faults" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("faults")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Leave out `faults` unless `-m` names them; here and not in `addopts`, since the last `-m` alone counts.
+
+    Side by side, files with slow tests come first: none is then left for one process when the other has nothing to do.
+    """
+    if "faults" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in set(left_out)]
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: slow[item.path], reverse=True)
+
+
+modules_set_aside = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Set imported libraries aside from garbage collection: every end of a training collects, and would look at each of
+    their millions of objects.
+    """
+    global modules_set_aside
+    if len(sys.modules) > modules_set_aside + 100:
+        gc.collect()
+        gc.freeze()
+        modules_set_aside = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +157,22 @@ def sentences() -> list[str]:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a seeded 2-layer BERT classifier (hidden 32, 4 heads, labels negative/neutral/positive)."""
     return make_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """A program to start instead of `sys.executable` where imports are not what is tested: see warm.py."""
+    source = Path(__file__).with_name("warm.py")
+    with tempfile.TemporaryDirectory(prefix="kd-warm-") as folder:  # the path of a socket is short
+        place, client = Path(folder, "socket"), Path(folder, "python")
+        client.write_text(runpy.run_path(str(source))["CLIENT"].format(python=sys.executable, socket=str(place)))
+        client.chmod(0o755)
+        command = [sys.executable, str(source), str(place)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdin is not None and server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            yield str(client)
+            server.stdin.close()  # which ends it
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,8 @@ def test_ways_go_backwards_in_every_other_round(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *SMALL[name]]
+def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path, warm_python: str) -> None:
+    command = [warm_python, str(BENCHMARKS / f"{name}.py"), *SMALL[name]]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == name
@@ -64,8 +63,8 @@ def test_a_benchmark_ends_in_one_json_line(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_benchmark_for_gpus_says_that_there_is_none() -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick"]
+def test_the_benchmark_for_gpus_says_that_there_is_none(warm_python: str) -> None:
+    command = [warm_python, str(BENCHMARKS / "gpu.py"), "--quick"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=120)
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr and "--device cpu --quick" in done.stderr and not done.stdout

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ QUICKSTART = {
 }
 
 
-def kd_run(*words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "kd", "run", *words, "--json"]
+def kd_run(python: str, *words: str) -> dict[str, Any]:
+    command = [python, "-m", "kd", "run", *words, "--json"]
     ran = subprocess.run(command, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     parsed = json.loads(ran.stdout)
@@ -60,14 +59,14 @@ def states(result: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_quickstart_runs_whole_and_an_edit_would_run_only_what_depends_on_it(
-    tmp_path: Path, tiny_teacher: Path, sentences: list[str]
+    tmp_path: Path, tiny_teacher: Path, sentences: list[str], warm_python: str
 ) -> None:
     data = write_dataset(tmp_path / "data", sentences, test="test")
     given = {**QUICKSTART, "data": data, "model": tiny_teacher}
     words = [str(WORKFLOWS / "quickstart.yaml"), "--output-dir", str(tmp_path / "runs"), "--jobs", "2"]
     words += [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
 
-    first = kd_run(*words)
+    first = kd_run(warm_python, *words)
     assert {*states(first).values()} == {"done"}
     assert [*states(first)] == ["corpus", "teacher", "view", "bilstm-baseline", "bilstm", "bert", "compare"]
     table = first["comparison_table"]
@@ -75,7 +74,7 @@ def test_the_quickstart_runs_whole_and_an_edit_would_run_only_what_depends_on_it
     stores = sorted((tmp_path / "runs" / "stores").iterdir())
     assert [store.name for store in stores] == [open_artifact(tmp_path / "runs" / "teacher").fingerprint[:8] + "-32"]
 
-    edited = kd_run(*words, "--set", "bert_epochs=2", "--dry-run")
+    edited = kd_run(warm_python, *words, "--set", "bert_epochs=2", "--dry-run")
     assert states(edited) == {
         **dict.fromkeys(("teacher", "corpus", "view", "bilstm-baseline", "bilstm"), "already done"),
         **{"bert": "would run again", "compare": "follows"},

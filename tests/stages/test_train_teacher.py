@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -281,16 +279,15 @@ execute(TrainTeacher(**json.loads(sys.argv[1])))
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_ends_in_the_same_weights(
-    tiny_teacher, topics, tmp_path
+    tiny_teacher, topics, tmp_path, warm_python
 ) -> None:
     fields = {"max_steps": 30, "eval_dataset": str(topics / "test.csv")}
     execute(stage(tiny_teacher, topics / "train.csv", tmp_path / "whole", **fields))
     killed = stage(tiny_teacher, topics / "train.csv", tmp_path / "killed", **fields)
     result = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps({k: v for k, v in killed.config().items() if v is not None})],
+        [warm_python, "-c", KILLED, json.dumps({k: v for k, v in killed.config().items() if v is not None})],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (tmp_path / "killed" / "unfinished.json").exists()

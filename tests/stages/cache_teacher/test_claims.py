@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from kd.pipeline.errors import KdError
 from kd.pipeline.store import open_store
 from kd.stages.cache_teacher.capture import CaptureJob
 
-Files = Callable[[Path], dict[str, str]]
 WORD = "waiting for"
 
 
@@ -84,22 +80,21 @@ def test_a_capture_that_fails_gives_its_claims_back(
 
 @pytest.mark.slow
 def test_two_commands_with_overlapping_corpora_and_other_signals_end_with_the_union(
-    bench: Any, sentences: list[str], files: Files, tmp_path: Path
+    bench: Any, sentences: list[str], tmp_path: Path, warm_python: str
 ) -> None:
-    """One of them on two workers; together they compute every row and signal exactly once."""
+    """Together they compute every row and signal exactly once."""
     corpora = [bench.corpus(sentences[:120], "one"), bench.corpus(sentences[40:], "two")]
     signals = ["logits,hidden.tok@1", "hidden.cls@1,logits"]
     base = ["--teacher", bench.teacher, "--text-column", "text", "--label-column", "label", "--rows-per-shard", 8]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
-    def command(number: int, *more: Any) -> list[str]:
+    def command(number: int) -> list[str]:
         own = ["--dataset", corpora[number], "--signals", signals[number], "--output-dir", tmp_path / f"view{number}"]
-        words = ["cache-teacher", *base, *own, "--store", bench.store, "--json", *more]
-        return [sys.executable, "-m", "kd", *map(str, words)]
+        words = ["cache-teacher", *base, *own, "--store", bench.store, "--json"]
+        return [warm_python, "-m", "kd", *map(str, words)]
 
     running = [
-        subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in (command(0), command(1, "--workers", 2))
+        subprocess.Popen(command(number), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in range(2)
     ]
     ended = [(process.communicate(timeout=200), process.returncode) for process in running]
     assert [code for _, code in ended] == [0, 0], [said[1][-2000:] for said, _ in ended]
@@ -119,5 +114,5 @@ def test_two_commands_with_overlapping_corpora_and_other_signals_end_with_the_un
     assert sum(summary["rows_computed"] for summary in summaries) == sum(record.rows for record in passes)
     assert sum(summary["shards_computed"] for summary in summaries) == len(passes)
 
-    again = subprocess.run(command(1), env=environment, capture_output=True, text=True)
+    again = subprocess.run(command(1), capture_output=True, text=True)
     assert json.loads(again.stdout)["skipped"] is True

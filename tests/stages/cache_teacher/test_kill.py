@@ -62,7 +62,7 @@ def arguments(bench: Any, corpus: str, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_at_twelve_moments_then_run_again_gives_the_same_bytes(
-    bench: Any, sentences: list[str], files: Files, tmp_path: Path
+    bench: Any, sentences: list[str], files: Files, tmp_path: Path, warm_python: str
 ) -> None:
     corpus = bench.corpus(sentences)
     whole = {"rows_per_shard": 8, "signals": SIGNALS, "store": str(bench.folder / "whole")}
@@ -74,7 +74,7 @@ def test_killed_at_twelve_moments_then_run_again_gives_the_same_bytes(
     waits = [rng.uniform(0.0, seconds * 0.4) for _ in range(12)]
     (tmp_path / "options.json").write_text(json.dumps(arguments(bench, corpus)))
     driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, tmp_path / "options.json", json.dumps(waits), tmp_path / "killed"],
+        [warm_python, "-c", DRIVER, tmp_path / "options.json", json.dumps(waits), tmp_path / "killed"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -98,18 +98,19 @@ def specs_of(bench: Any) -> list[Any]:
 
 @pytest.mark.slow
 def test_the_real_command_killed_amid_the_capture_then_run_again(
-    bench: Any, sentences: list[str], files: Files, tmp_path: Path
+    bench: Any, sentences: list[str], files: Files, tmp_path: Path, warm_python: str
 ) -> None:
     corpus = bench.corpus(sentences)
     whole = {"rows_per_shard": 8, "signals": SIGNALS, "store": str(bench.folder / "whole")}
     undisturbed = bench.capture(corpus, **whole)
     options = arguments(bench, corpus, output_dir=str(tmp_path / "killed"))
-    command = [sys.executable, "-m", "kd", "cache-teacher", "--json", "--quiet"]
+    command = ["-m", "kd", "cache-teacher", "--json", "--quiet"]
     command += [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
     commits = bench.store / "commits"
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *command], env=environment, **silent)
     deadline = time.monotonic() + 90
     while len(list(commits.glob("*.json"))) < 25 + 12:  # all shards have their rows, twelve their signals
         assert process.poll() is None, "it ended before it could be killed"
@@ -121,7 +122,7 @@ def test_the_real_command_killed_amid_the_capture_then_run_again(
     store = open_store(bench.store)
     missing = store.missing([Signal("logits"), Signal("hidden.tok", 1)])
     assert 0 < len(missing) < 25
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run([warm_python, *command], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(finished.stdout)
     assert result["shards_computed"] == len(missing)

@@ -214,7 +214,9 @@ SCRIPT = Path(__file__).with_name("planted_runs.py")
 
 
 @pytest.fixture(scope="module")
-def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def launched(
+    overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory, warm_python: str
+) -> Callable[[str], Any]:
     """Trainings in processes of their own, by one or two ranks, some killed by SIGKILL on the way."""
     folder = tmp_path_factory.mktemp("ranks")
     both = {"gradient_accumulation_steps": 1, "num_train_epochs": 1.5}
@@ -260,8 +262,8 @@ def launched(overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFact
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "plan.json")],
-        env={**os.environ, **MUTED, "OMP_NUM_THREADS": "1"},
+        [warm_python, str(SCRIPT), str(folder / "plan.json")],
+        env={**os.environ, **MUTED},
         capture_output=True,
         text=True,
         timeout=300,

@@ -114,6 +114,7 @@ def test_every_recipe_runs_over_one_capture(tiny_teacher: Path, sentences: list[
             recipe=str(file),
             max_steps=14,
             per_device_train_batch_size=8,
+            save_strategy="no",
             output_dir=str(tmp_path / file.stem),
         )
         summary = execute(stage, StageContext()).summary
