@@ -16,6 +16,7 @@ from ...pipeline.executor import ShardJob, check_execution, cluster_option, map_
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Progress, Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
+from .operators import DEFAULTS, FOLDERS, LISTED, OPERATORS, PRESETS, PROBABILITIES, TAGGED, WORD_OPERATORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
 
     from ..corpus import Corpus
     from .generate import Plan
+    from .pools import Pools
+    from .report import Report
+    from .rules import Rules
 
-OPERATORS = ("mask", "pos", "ngram")
-PRESETS: dict[str, dict[str, Any]] = {
-    # Tang et al., 2019, as in the paper.
-    "tang": {"num_variants": 20, "mask": 0.1, "pos": 0.1, "ngram": 0.25, "pair_sides": "cycle"},
-    # castorini/d-bert, what its scripts do by default: no window; one side of a pair or both by a draw.
-    "d-bert": {"num_variants": 20, "mask": 0.1, "pos": 0.1, "ngram": 0.0, "pair_sides": "random"},
-}
-_DEFAULTS = {**PRESETS["tang"], "num_variants": 3}
 WORK_FOLDER = "work"
 VARIANTS_PER_CHUNK = 1 << 15
 _SOURCE = "Source"
@@ -43,9 +39,10 @@ _EXECUTION = "Execution"
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Stage):
-    """Import a dataset and add variants of its texts (Tang et al., 2019): masked words, other words, short windows.
+    """Import a dataset and add variants of its texts: masked words, other words, short windows.
 
-    Originals come first and keep their labels; variants carry none, since the teacher labels them.
+    Originals come first and keep their labels; variants carry none, since the teacher labels them. The corpus is the
+    same, byte for byte, whatever the order of the rows, the number of workers and the interruptions.
     """
 
     command: ClassVar[str] = "augment"
@@ -70,18 +67,26 @@ class Augment(Stage):
         None, help="Its second text column; --text-pair-column when not given.", panel=_SOURCE
     )
 
+    transfer_ratio: float | None = option(
+        None, help="Further texts per row of the dataset, sampled; all when not given.", panel=_SOURCE
+    )
+    transfer_seed: int = option(0, help="Which texts are sampled.", panel=_SOURCE)
+
     labels_per_class: int | None = option(None, help="Keep so many labels per class, hide the others.", panel=_LABELS)
     labels_total: int | None = option(None, help="Keep so many labels in all, hide the others.", panel=_LABELS)
     label_seed: int = option(0, help="Which labels are kept.", panel=_LABELS)
 
     operators: tuple[str, ...] = option(
-        OPERATORS, help="Rule operators: mask, pos, ngram; none only imports.", panel=_OPERATORS
+        (),
+        help="What changes a text: mask, pos, synonym, neighbour, delete, swap, ngram, and exchange for pairs; "
+        "mask,pos,ngram or what the preset says. none only imports.",
+        panel=_OPERATORS,
     )
     num_variants: int | None = option(
         None, help="Variants tried per original; 3, or what the preset says.", panel=_OPERATORS
     )
     preset: str | None = option(
-        None, help="Published settings for what is not given: tang, d-bert.", panel=_OPERATORS, choices=tuple(PRESETS)
+        None, help="Published settings for what is not given.", panel=_OPERATORS, choices=tuple(PRESETS)
     )
     mask_probability: float | None = option(
         None, help="mask: a word becomes the mask token with this probability; 0.1.", panel=_OPERATORS
@@ -89,20 +94,43 @@ class Augment(Stage):
     pos_probability: float | None = option(
         None, help="pos: a word becomes another of its part of speech; 0.1.", panel=_OPERATORS
     )
+    synonym_probability: float | None = option(
+        None, help="synonym: a word becomes a synonym of --wordnet; 0.1.", panel=_OPERATORS
+    )
+    neighbour_probability: float | None = option(
+        None, help="neighbour: a word becomes one near to it in --word-table; 0.1.", panel=_OPERATORS
+    )
+    delete_probability: float | None = option(None, help="delete: a word is left out; 0.1.", panel=_OPERATORS)
+    swap_probability: float | None = option(
+        None, help="swap: a word trades places with another; 0.1.", panel=_OPERATORS
+    )
     ngram_probability: float | None = option(
         None, help="ngram: only a window of 1 to 5 words is kept; 0.25.", panel=_OPERATORS
+    )
+    exchange_probability: float | None = option(
+        None,
+        help="exchange: the two texts of a pair trade places, for tasks in which their order says nothing; 0.5.",
+        panel=_OPERATORS,
+    )
+    wordnet: str | None = option(None, help="synonym: folder of the files of WordNet 3.", panel=_OPERATORS)
+    word_table: str | None = option(
+        None, help="neighbour: checkpoint whose word table is taken, such as the teacher.", panel=_OPERATORS
+    )
+    num_candidates: int | None = option(
+        None, help="neighbour: words that a word is replaced from; 15.", panel=_OPERATORS
     )
     mask_token: str = option("[MASK]", help="The teacher's mask token.", panel=_OPERATORS, choices=("[MASK]", "<mask>"))
     keep_all_masked: bool = option(False, help="Keep variants in which every word is masked.", panel=_OPERATORS)
     pair_sides: str | None = option(
         None,
-        help="Text of a pair that a variant changes: first, second, both in turn (cycle) or by chance (random).",
+        help="Text of a pair that a variant changes: first, second, both in turn (cycle), first and second in turn "
+        "(alternate), or any of the three by chance (random).",
         panel=_OPERATORS,
-        choices=("cycle", "random"),
+        choices=("cycle", "alternate", "random"),
     )
     tagger: str = option(
         "auto",
-        help="Part-of-speech tagger of pos; auto takes HanTa where it is installed.",
+        help="Part-of-speech tagger of pos and synonym; auto takes HanTa where it is installed.",
         panel=_OPERATORS,
         choices=("auto", "hanta", "heuristic"),
     )
@@ -130,68 +158,102 @@ class Augment(Stage):
         """
         if self.preset is not None and self.preset not in PRESETS:
             raise UsageError(f"preset {self.preset!r} does not exist{near_match(self.preset, PRESETS)}")
-        chosen = [name for name in self.operators if name != "none"]
-        for name in chosen:
-            if name not in OPERATORS:
-                raise UsageError(f"operator {name!r} does not exist{near_match(name, (*OPERATORS, 'none'))}")
-        if chosen and "none" in self.operators:
-            raise UsageError(f"operators {','.join(self.operators)}: 'none' stands alone")
-        values = {**_DEFAULTS, **(PRESETS[self.preset] if self.preset else {})}
-        given = {
-            "num_variants": self.num_variants,
-            "mask": self.mask_probability,
-            "pos": self.pos_probability,
-            "ngram": self.ngram_probability,
-            "pair_sides": self.pair_sides,
-        }
+        values = {**DEFAULTS, **(PRESETS[self.preset] if self.preset else {})}
+        chosen = self._chosen(values.pop("operators"))
+        single, pairs = values.pop("num_variants")
+        values["num_variants"] = single if self.text_pair_column is None else pairs
+        given = {name: getattr(self, name) for name in ("num_variants", "pair_sides", "num_candidates")}
         values.update({name: value for name, value in given.items() if value is not None})
         for name in OPERATORS:
-            if name not in chosen:
-                if given[name]:
-                    raise UsageError(
-                        f"--{name}-probability {given[name]} is given, and operator {name!r} is not among --operators",
-                        fix=f"add {name} to --operators, or leave the probability out",
-                    )
-                values[name] = 0.0
+            probability = getattr(self, f"{name}_probability")
+            if name not in chosen and probability:
+                raise UsageError(
+                    f"--{name}-probability {probability} is given, and operator {name!r} is not among --operators",
+                    fix=f"add {name} to --operators, or leave the probability out",
+                )
+            values[name] = 0.0 if name not in chosen else PROBABILITIES[name] if probability is None else probability
             if not 0.0 <= values[name] <= 1.0:
                 raise UsageError(f"--{name}-probability is {values[name]}; expected a number from 0 to 1")
-        if values["mask"] + values["pos"] > 1.0:
+        if sum(values[name] for name in WORD_OPERATORS) > 1.0 + 1e-9:
+            used = [f"{name} {values[name]}" for name in WORD_OPERATORS if values[name]]
             raise UsageError(
-                f"--mask-probability {values['mask']} and --pos-probability {values['pos']} sum to more than 1",
-                details=["a word is masked or replaced, not both"],
+                f"the probabilities of {', '.join(used)} sum to more than 1",
+                details=["one operator at most acts on a word"],
+                fix="give lower ones (--mask-probability 0.05, ...)",
             )
         if not 0 <= values["num_variants"] < 1 << 15:
             raise UsageError(f"--num-variants is {values['num_variants']}; expected a number from 0 to 32767")
-        if not chosen or not any(values[name] for name in OPERATORS):
+        if values["num_candidates"] < 1:
+            raise UsageError(f"--num-candidates is {values['num_candidates']}; expected 1 or more")
+        if not any(values[name] for name in OPERATORS):
             values["num_variants"] = 0
+        if self.transfer_ratio is not None and not (self.transfer_dataset and 0 <= self.transfer_ratio < float("inf")):
+            raise UsageError(
+                f"--transfer-ratio is {self.transfer_ratio}; expected 0 or more, and --transfer-dataset",
+                fix="give the texts to sample from as --transfer-dataset",
+            )
         if not -(1 << 63) <= self.seed < 1 << 63:
             raise UsageError(f"--seed {self.seed} does not fit into 64 bits")
         return values
+
+    def _chosen(self, default: tuple[str, ...]) -> tuple[str, ...]:
+        """The operators that act; their files are there if they need any."""
+        names = self.operators or default
+        for name in names:
+            if name not in (*OPERATORS, "none"):
+                raise UsageError(f"operator {name!r} does not exist{near_match(name, (*OPERATORS, 'none'))}")
+        if "none" in names:
+            if len(names) > 1:
+                raise UsageError(f"operators {','.join(names)}: 'none' stands alone")
+            return ()
+        if "exchange" in names and self.text_pair_column is None:
+            raise UsageError("operator 'exchange' needs pairs of texts", fix="give --text-pair-column")
+        for name, option_name in FOLDERS.items():
+            flag = f"--{option_name.replace('_', '-')}"
+            folder = getattr(self, option_name)
+            if name in names and folder is None:
+                raise UsageError(f"operator {name!r} needs {flag}", fix=f"give {flag} FOLDER")
+            if name not in names and folder is not None:
+                raise UsageError(
+                    f"{flag} is given, and operator {name!r} is not among --operators", fix=f"add {name} to --operators"
+                )
+        return names
+
+    def _uses(self, name: str) -> bool:
+        """Whether an operator acts."""
+        return bool(self.resolved["num_variants"] > 0 and self.resolved[name] > 0)
 
     @cached_property
     def tagger_identity(self) -> dict[str, str] | None:
         """Name, version and model of the tagger; None when no operator needs one."""
         from .tagger import tagger_identity
 
-        needed = self.resolved["num_variants"] > 0 and self.resolved["pos"] > 0
-        return tagger_identity(self.tagger, self.language) if needed else None
+        return tagger_identity(self.tagger, self.language) if any(map(self._uses, TAGGED)) else None
 
     def identity_config(self) -> dict[str, Any]:
         """The fields that change the result, presets resolved; what an unused operator is set to does not count."""
         config = super().identity_config()
         resolved = self.resolved
-        for name in ("preset", "operators", "tagger", "language"):
-            del config[name]
-        config["num_variants"] = resolved["num_variants"]
-        config["pair_sides"] = resolved["pair_sides"]
+        unused = ["preset", "operators", "tagger", "language", *FOLDERS.values()]
+        config.update({name: resolved[name] for name in ("num_variants", "pair_sides", "num_candidates")})
         for name in OPERATORS:
             config[f"{name}_probability"] = resolved[name]
-        unused = []
+            if not self._uses(name):
+                unused.append(f"{name}_probability")
+        if resolved["drop_all_changed"] and self.text_pair_column is None:
+            config["drop_all_changed"] = True
         if not resolved["num_variants"]:
-            unused += ["pair_sides", "mask_token", "keep_all_masked", "seed"]
-            unused += [f"{name}_probability" for name in OPERATORS]
+            unused += ["keep_all_masked", "seed", "drop_all_changed"]
+        if not self._uses("mask"):
+            unused += ["mask_token", "keep_all_masked"]
+        if not resolved["num_variants"] or self.text_pair_column is None:
+            unused.append("pair_sides")
+        if not any(map(self._uses, LISTED)):
+            unused.append("num_candidates")
         if not self.transfer_dataset:
-            unused += ["transfer_text_column", "transfer_text_pair_column"]
+            unused += ["transfer_text_column", "transfer_text_pair_column", "transfer_ratio"]
+        if not self.transfer_dataset or self.transfer_ratio is None:
+            unused.append("transfer_seed")
         if self.labels_per_class is None and self.labels_total is None:
             unused.append("label_seed")
         return {name: value for name, value in config.items() if name not in unused}
@@ -225,6 +287,7 @@ class Augment(Stage):
     def _originals(self) -> Corpus:
         """The rows of the dataset and the transfer text."""
         from ..corpus.corpus import join_unlabelled, load_corpus
+        from .dedup import text_keys
 
         transfer = [
             load_corpus(
@@ -236,7 +299,15 @@ class Augment(Stage):
             )
             for dataset in self.transfer_dataset
         ]
-        return join_unlabelled(self._labelled, transfer)
+        most = None if self.transfer_ratio is None else round(self.transfer_ratio * len(self._labelled))
+        return join_unlabelled(
+            self._labelled,
+            transfer,
+            keys_of=text_keys,
+            forbidden=self._excluded[0],
+            most=most,
+            seed=self.transfer_seed,
+        )
 
     @cached_property
     def _excluded(self) -> tuple[set[bytes], list[dict[str, Any]]]:
@@ -285,23 +356,37 @@ class Augment(Stage):
             found["aug_version"] = f"{AUG_VERSION}, words {WORDS_VERSION}"
         if tagger is not None:
             found["tagger"] = fingerprint(tagger)
-        return found
+        return found | self._folder_digests
+
+    @cached_property
+    def _folder_digests(self) -> dict[str, str]:
+        """Hashes of the files that operators need, by option name."""
+        from .checkpoint import checkpoint_digest
+        from .synonym import wordnet_digest
+
+        digests = {}
+        for name, option_name in FOLDERS.items():
+            if self._uses(name):
+                digest = wordnet_digest if name == "synonym" else checkpoint_digest
+                digests[option_name] = digest(getattr(self, option_name))
+        return digests
 
     # Work --------------------------------------------------------------------------------------------------------
 
     def run(self, context: StageContext) -> StageResult:
-        """Write the corpus: originals in their order, then variants in the order of their originals."""
+        """Write the corpus: originals in the order of their ids, then variants in the order of their originals."""
         import numpy as np
         import pyarrow as pa
 
-        from ..corpus.corpus import write_tables
+        from ..corpus.corpus import sorted_by_id, write_tables
         from .draws import AUG_VERSION
         from .generate import ORIGINALS, pools_of, read_arrow, with_keys, write_arrow
+        from .report import REPORT, Report
         from .words import WORDS_VERSION
 
         self._say_what_is_not_checked(context.progress)
         forbidden, excluded = self._excluded
-        originals, keys = with_keys(self._originals.table)
+        originals, keys = with_keys(sorted_by_id(self._originals.table))
         leaks = np.array([key in forbidden for key in keys])
         if leaks.all():
             raise RefusedError(
@@ -312,7 +397,6 @@ class Augment(Stage):
         folder = Path(self.output_dir)
         work = folder / WORK_FOLDER
         work.mkdir(parents=True, exist_ok=True)
-        # After a kill the rows of the first attempt count: the dataset may have been put in another order since.
         if not (work / ORIGINALS).exists():
             write_arrow(originals.filter(pa.array(~leaks)), work / ORIGINALS)
         originals = read_arrow(work / ORIGINALS)
@@ -336,8 +420,9 @@ class Augment(Stage):
         }
         if plan is not None:
             summary |= _figures(made)
+        report = Report()
         content = write_tables(
-            _all_rows(originals, plan, kept),
+            _all_rows(originals, plan, kept, report),
             folder,
             info=self._originals.info,
             num_rows=_rows_per_split(originals, plan, kept),
@@ -345,21 +430,24 @@ class Augment(Stage):
         )
         content["excluded"] = excluded
         if plan is not None:
+            summary["rows_by_operator"] = {name: report.rows[name] for name in OPERATORS if report.rows[name]}
+            (folder / REPORT).write_text(report.text(summary), encoding="utf-8")
             pools = pools_of(plan)
             content["augmentation"] = {
                 "aug_version": AUG_VERSION,
                 "words_version": WORDS_VERSION,
                 "config_hash": plan.rules.config_hash.hex(),
-                "settings": self.resolved,
+                "settings": {**self.resolved, "mask_token": self._rules.mask_token},
                 "seed": self.seed,
                 "tagger": self.tagger_identity,
                 "pools": {
                     "digest": pools.digest,
-                    "tags": len(pools.words),
-                    "words": sum(map(len, pools.words.values())),
-                    "tags_with_one_word": sum(len(words) == 1 for words in pools.words.values()),
+                    "tags": len(np.unique(pools.tags)),
+                    "words": len(pools.words),
+                    "tags_with_one_word": int((np.unique(pools.tags, return_counts=True)[1] == 1).sum()),
                     "expected_identical_rate": round(pools.identical_rate(), 6),
                 },
+                **({"files": self._folder_digests} if self._folder_digests else {}),
             }
         shutil.rmtree(work)
         return StageResult(summary=summary, content=content)
@@ -378,60 +466,97 @@ class Augment(Stage):
         """What to generate; None when there is nothing."""
         from ...pipeline.artifact import atomic_write_bytes
         from .generate import FORBIDDEN, Plan
-        from .rules import Rules
 
         if not self.resolved["num_variants"]:
             return None
         atomic_write_bytes(work / FORBIDDEN, b"".join(sorted(forbidden)))
         return Plan(
             folder=work,
-            digest=fingerprint(self.inputs()),
+            digest=fingerprint([self.inputs(), self.resolved["num_candidates"]]),
             num_rows=num_rows,
             rows_per_chunk=max(1, VARIANTS_PER_CHUNK // self.resolved["num_variants"]),
             task=self._originals.info.task,
             tagger=self.tagger_identity["name"] if self.tagger_identity else None,
             language=self.language,
-            rules=Rules(
-                mask_probability=self.resolved["mask"],
-                pos_probability=self.resolved["pos"],
-                ngram_probability=self.resolved["ngram"],
-                mask_token=self.mask_token,
-                pair_sides=self.resolved["pair_sides"],
-            ),
+            is_pair=self.text_pair_column is not None,
+            rules=self._rules,
             num_variants=self.resolved["num_variants"],
             seed=self.seed,
             keep_all_masked=self.keep_all_masked,
+            keep_all_changed=not self.resolved["drop_all_changed"],
         )
 
-    def _do_chunks(self, plan: Plan, progress: Progress) -> None:
-        """Tag, then make variants, of the chunks for which that is not done."""
-        from .generate import TagJob, VariantJob
+    @property
+    def _rules(self) -> Rules:
+        """What the operators do; what none of them uses is as it is by default, so that it changes no draw."""
+        from .rules import Rules
 
-        jobs: list[tuple[str, str, ShardJob[Any, int]]] = [("making variants", "variants", VariantJob(plan))]
-        if plan.tagger is not None:
-            jobs.insert(0, ("tagging", "tags", TagJob(plan)))
-        for title, kind, job in jobs:
-            missing = plan.missing(kind)
-            task = progress.task(title, total=sum(plan.rows_of(chunk) for chunk in missing))
-            failed = [
-                f"chunk {outcome.shard}: {outcome.failure}"
-                for outcome in map_shards(
-                    job,
-                    missing,
-                    name=f"augment-{kind}-{fingerprint([plan.digest, plan.rules.config_hash.hex(), plan.seed])}",
-                    workers=self.workers,
-                    cluster=self.cluster,
-                    on_advance=task.advance,
-                )
-                if outcome.failure is not None
-            ]
-            task.done()
-            if failed:
-                raise IncompleteError(
-                    f"{title}: {len(failed)} of {plan.num_chunks} chunks failed",
-                    details=failed[:5],
-                    fix="run the same command again; finished chunks are kept",
-                )
+        settings: dict[str, Any] = {name: self.resolved[name] for name in OPERATORS}
+        if self.resolved["mask"]:
+            settings["mask_token"] = self.mask_token
+        if self.text_pair_column is not None:
+            settings["pair_sides"] = self.resolved["pair_sides"]
+        return Rules(**settings)
+
+    def _do_chunks(self, plan: Plan, progress: Progress) -> None:
+        """Split into words, look for candidates and make variants, where that is not done."""
+        from .generate import VariantJob, WordsJob
+
+        self._map(plan, "splitting into words", "words", WordsJob(plan), progress)
+        self._list_candidates(plan, progress)
+        self._map(plan, "making variants", "variants", VariantJob(plan), progress)
+
+    def _map(self, plan: Plan, title: str, kind: str, job: ShardJob[Any, int], progress: Progress) -> None:
+        """Do a job with every chunk that lacks a file of this kind."""
+        missing = plan.missing(kind)
+        task = progress.task(title, total=sum(plan.rows_of(chunk) for chunk in missing))
+        failed = [
+            f"chunk {outcome.shard}: {outcome.failure}"
+            for outcome in map_shards(
+                job,
+                missing,
+                name=f"augment-{kind}-{fingerprint([plan.digest, plan.rules.config_hash.hex(), plan.seed])}",
+                workers=self.workers,
+                cluster=self.cluster,
+                on_advance=task.advance,
+            )
+            if outcome.failure is not None
+        ]
+        task.done()
+        if failed:
+            raise IncompleteError(
+                f"{title}: {len(failed)} of {plan.num_chunks} chunks failed",
+                details=failed[:5],
+                fix="run the same command again; finished chunks are kept",
+            )
+
+    def _list_candidates(self, plan: Plan, progress: Progress) -> None:
+        """Write the candidates of the words, for the operators that replace words by such."""
+        from .candidates import as_column
+        from .generate import pools_of, write_arrow
+
+        makers = {"synonym": self._synonyms, "neighbour": self._neighbours}
+        for name, make in makers.items():
+            file = plan.folder / f"{name}.arrow"
+            if self._uses(name) and not file.exists():
+                pools = pools_of(plan)
+                progress.info(f"{name}: looking up {len(pools.words)} words")
+                write_arrow(as_column(make(plan, pools)), file)
+
+    def _synonyms(self, plan: Plan, pools: Pools) -> list[list[str]]:
+        from .synonym import synonym_lists
+        from .tagger import load_tagger
+
+        assert self.wordnet is not None and plan.tagger is not None
+        names = load_tagger(plan.tagger, plan.language).names
+        return synonym_lists(pools.words, [names[tag] for tag in pools.tags.tolist()], self.wordnet)
+
+    def _neighbours(self, plan: Plan, pools: Pools) -> list[list[str]]:
+        from .checkpoint import load_word_table
+        from .neighbour import neighbour_lists
+
+        assert self.word_table is not None
+        return neighbour_lists(pools.words, *load_word_table(self.word_table), self.resolved["num_candidates"])
 
 
 def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list[np.ndarray]]:
@@ -458,20 +583,19 @@ def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list
 
 def _figures(made: Counter[str]) -> dict[str, Any]:
     """The counts of the operators for the summary."""
-    reasons = ("unchanged", "all_masked", "leak", "same_as_original", "duplicate")
+    reasons = ("unchanged", "empty", "all_masked", "all_changed", "leak", "same_as_original", "duplicate")
+    words = {name: {"words": made[name], "stayed": made[f"{name}_identical"]} for name in WORD_OPERATORS if made[name]}
     return {
         "variants_made": made["made"],
         "variants_dropped": {reason: made[f"dropped_{reason}"] for reason in reasons},
         "words_seen": made["words"],
-        "words_masked": made["mask"],
-        "words_replaced": made["pos"],
-        "words_replaced_by_themselves": made["pos_identical"],
-        "texts_changed": made["sides"],
-        "windows_cut": made["ngram"],
+        "texts_seen": made["sides"],
+        "changes": {**words, **{name: {"texts": made[name]} for name in ("ngram", "exchange") if made[name]}},
     }
 
 
-def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray]) -> Iterator[pa.Table]:
+def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray], report: Report) -> Iterator[pa.Table]:
+    """The rows of the corpus as they are written; shows the variants to the report."""
     import pyarrow as pa
 
     from .generate import KEY_COLUMN, read_arrow
@@ -480,6 +604,7 @@ def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray]) ->
     if plan is not None:
         for chunk, keep in enumerate(kept):
             table = read_arrow(plan.file("variants", chunk)).filter(pa.array(keep))
+            report.see(table, plan.originals(chunk))
             yield table.drop_columns(KEY_COLUMN).replace_schema_metadata(None)
 
 

@@ -1,11 +1,12 @@
-"""The work of `kd augment`, chunk by chunk: tag the originals, then make their variants.
+"""The work of `kd augment`, chunk by chunk: split and tag the originals, then make their variants.
 
-Both halves read and write files of one working folder, so that a chunk can be done by any process, and what is done
+Every step reads and writes files of one working folder, so that a chunk can be done by any process, and what is done
 stays done when the run is killed:
 
 - `originals.arrow`: the originals, in the schema of a corpus; `forbidden.bin`: 16-byte keys of texts to avoid;
-- `tags-<chunk>.arrow`: parts of speech, one list per row and text; `counts-<chunk>.arrow`: how often each word had
-  which tag;
+- `words-<chunk>.arrow`: the words of every row and text, as numbers of the chunk's `counts-<chunk>.arrow`, which says
+  how often each word had which part of speech;
+- `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus;
 - `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata.
 """
 
@@ -14,28 +15,37 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
-from ..corpus.schema import example_id, schema
+from ...pipeline.ragged import Ragged
+from ..corpus.schema import example_id, normalised, schema
+from .candidates import from_column
 from .dedup import joined, text_key
 from .draws import AUG_VERSION
+from .operators import OPERATORS
+from .pairs import SIDES
 from .pools import Pools
-from .rules import Example, RuleAugmenter, Rules, Variant
+from .rules import Changed, RuleAugmenter, Rules, Variants
 from .tagger import load_tagger
 from .words import split_words
 
 ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
 KEY_COLUMN = "text_key"
+WORDS_PER_BATCH = 1 << 17
+"""Words of variants made at once: what is worked on stays in the caches of the processor."""
 _COUNTS = b"kd.counts"
+_LETTERS = ("a", "b")
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,14 @@ class Plan:
         num_rows: rows of `originals.arrow`.
         rows_per_chunk: originals per chunk.
         task: task of the corpus, which fixes its schema.
+        is_pair: whether a row is two texts.
         tagger: name of the tagger; None when no operator needs tags.
         language: of the text, for the tagger.
         rules: what the operators do.
         num_variants: per original.
         seed: of all draws.
         keep_all_masked: whether variants of nothing but mask tokens are kept.
+        keep_all_changed: whether variants of single texts that keep no word are kept.
     """
 
     folder: Path
@@ -61,12 +73,14 @@ class Plan:
     num_rows: int
     rows_per_chunk: int
     task: str
+    is_pair: bool
     tagger: str | None
     language: str
     rules: Rules
     num_variants: int
     seed: int
     keep_all_masked: bool
+    keep_all_changed: bool = True
 
     @property
     def num_chunks(self) -> int:
@@ -74,7 +88,7 @@ class Plan:
         return -(-self.num_rows // self.rows_per_chunk)
 
     def file(self, kind: str, chunk: int) -> Path:
-        """The file of a chunk: kind is "tags", "counts" or "variants"."""
+        """The file of a chunk: kind is "words", "counts" or "variants"."""
         return self.folder / f"{kind}-{chunk:06d}.arrow"
 
     def missing(self, kind: str) -> list[int]:
@@ -89,6 +103,24 @@ class Plan:
         """The originals of a chunk."""
         start = chunk * self.rows_per_chunk
         return read_arrow(self.folder / ORIGINALS).slice(start, self.rows_per_chunk)
+
+    def letters(self) -> tuple[str, ...]:
+        """The sides of a row."""
+        return _LETTERS if self.is_pair else _LETTERS[:1]
+
+    def texts(self, chunk: int) -> list[Ragged]:
+        """Per side the words of the originals of a chunk, as entries of `pools_of`."""
+        pairs = read_arrow(self.file("counts", chunk))
+        numbers = pools_of(self).numbers
+        found = [numbers[pair] for pair in zip(pairs["tag"].to_pylist(), pairs["word"].to_pylist(), strict=True)]
+        entries = np.array(found, dtype=np.int64)
+        table = read_arrow(self.file("words", chunk))
+        texts = []
+        for letter in self.letters():
+            column = table[letter].combine_chunks()
+            lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+            texts.append(Ragged.from_lengths(entries[column.flatten().to_numpy()], lengths))
+        return texts
 
 
 def write_arrow(table: pa.Table, path: Path) -> None:
@@ -134,57 +166,91 @@ def read_counts(table: pa.Table) -> Counter[str]:
 
 
 @dataclass(frozen=True)
-class TagJob:
-    """Tags the originals of a chunk and counts words per tag."""
+class WordsJob:
+    """Splits the originals of a chunk into words, tags them where that is asked for, and counts words per tag."""
 
     plan: Plan
 
-    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table, Counter[tuple[int, str]]]:
-        assert self.plan.tagger is not None
-        tag = load_tagger(self.plan.tagger, self.plan.language).tag
-        rows = self.plan.originals(shard)
+    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table, pa.Table]:
+        plan = self.plan
+        tag = load_tagger(plan.tagger, plan.language).tag if plan.tagger is not None else None
+        rows = plan.originals(shard)
         counts: Counter[tuple[int, str]] = Counter()
-        columns: dict[str, pa.Array] = {}
-        for side in ("a", "b"):
-            tags: list[list[int] | None] = []
-            for text in rows[f"text_{side}"].to_pylist():
-                words = [] if text is None else split_words(text)
-                found = tag(words)
-                counts.update(zip(found, words, strict=True))
-                tags.append(found)
-                if side == "a":
+        number: dict[tuple[int, str], int] = {}
+        columns: dict[str, list[list[int]]] = {}
+        for letter in plan.letters():
+            column = columns[letter] = []
+            for text in rows[f"text_{letter}"].to_pylist():
+                words = split_words(text)
+                pairs = [*zip([0] * len(words) if tag is None else tag(words), words, strict=True)]
+                counts.update(pairs)
+                column.append([number.setdefault(pair, len(number)) for pair in pairs])
+                if letter == "a":
                     advance(1)
-            columns[side] = pa.array(tags, pa.list_(pa.int16()))
-        return shard, pa.table(columns), counts
-
-    def finish(self, computed: tuple[int, pa.Table, Counter[tuple[int, str]]]) -> int:
-        chunk, tags, counts = computed
-        pairs = sorted(counts)
         table = pa.table(
             {
-                "tag": pa.array([tag for tag, _ in pairs], pa.int16()),
-                "word": pa.array([word for _, word in pairs], pa.string()),
-                "count": pa.array([counts[pair] for pair in pairs], pa.int64()),
+                "tag": pa.array([tag for tag, _ in number], pa.int16()),
+                "word": pa.array([word for _, word in number], pa.string()),
+                "count": pa.array([counts[pair] for pair in number], pa.int64()),
             }
         )
-        write_arrow(table, self.plan.file("counts", chunk))
-        write_arrow(tags, self.plan.file("tags", chunk))
+        return shard, pa.table({name: pa.array(c, pa.list_(pa.int32())) for name, c in columns.items()}), table
+
+    def finish(self, computed: tuple[int, pa.Table, pa.Table]) -> int:
+        chunk, words, counts = computed
+        write_arrow(counts, self.plan.file("counts", chunk))
+        write_arrow(words, self.plan.file("words", chunk))
         return chunk
 
 
 @lru_cache(maxsize=1)
 def pools_of(plan: Plan) -> Pools:
-    """The pools of all originals; every chunk must be tagged."""
+    """The pools of all originals; every chunk must have its words."""
     counts: Counter[tuple[int, str]] = Counter()
-    if plan.tagger is not None:
-        for chunk in range(plan.num_chunks):
-            table = read_arrow(plan.file("counts", chunk))
-            pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
-            counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
+    for chunk in range(plan.num_chunks):
+        table = read_arrow(plan.file("counts", chunk))
+        pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
+        counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
     return Pools.of(counts)
 
 
 # Pass 2 ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The strings of the numbers that operators work with: the words of the pools, the mask token, candidates.
+
+    Attributes:
+        words: V strings.
+        folded: V strings, as they count for equality of texts.
+        candidates: of `synonym` and `neighbour`, per word of the pools.
+    """
+
+    words: pa.Array
+    folded: pa.Array
+    candidates: dict[str, Ragged]
+
+    @classmethod
+    def of(cls, plan: Plan, pools: Pools) -> Vocabulary:
+        """What is the same for all chunks."""
+        parts, candidates = [pa.array([*pools.words, plan.rules.mask_token], pa.string())], {}
+        for name in ("synonym", "neighbour"):
+            if plan.rules.probabilities[name]:
+                table = read_arrow(plan.folder / f"{name}.arrow")
+                candidates[name], words = from_column(table, sum(map(len, parts)))
+                parts.append(words)
+        words = pa.concat_arrays(parts)
+        return cls(words, _folded(words), candidates)
+
+
+def _folded(words: pa.Array) -> pa.Array:
+    return pa.array([normalised(word).casefold() for word in words.to_pylist()], pa.string())
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(plan: Plan) -> Vocabulary:
+    return Vocabulary.of(plan, pools_of(plan))
 
 
 @dataclass(frozen=True)
@@ -195,134 +261,173 @@ class VariantJob:
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
         plan = self.plan
-        rows = plan.originals(shard)
-        augmenter = RuleAugmenter(plan.rules, pools_of(plan), plan.seed)
-        forbidden = _forbidden(plan)
-        made = _Made()
-        for row, example, keys in self._examples(shard, rows):
-            for variant in augmenter.variants(example, plan.num_variants):
-                made.add(row, example, variant, keys, forbidden, plan.keep_all_masked)
-            advance(1)
+        rows, texts, pools = plan.originals(shard), plan.texts(shard), pools_of(plan)
+        vocabulary = _vocabulary(plan)
+        augmenter = RuleAugmenter(
+            plan.rules,
+            pools,
+            plan.seed,
+            mask_word=len(pools.words),
+            candidates=vocabulary.candidates,
+        )
+        made = _Made(plan, rows, texts, vocabulary)
+        ids = rows["example_id"].to_pylist()
+        for batch in _batches(texts, plan.num_variants):
+            made.add(augmenter.variants(ids, texts, plan.num_variants, of=batch))
+            advance(len(batch))
         counts = made.counts + augmenter.counts
-        table = made.table(rows, plan)
-        return shard, table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
+        return shard, made.table().replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
 
     def finish(self, computed: tuple[int, pa.Table]) -> int:
         chunk, table = computed
         write_arrow(table, self.plan.file("variants", chunk))
         return chunk
 
-    def _examples(self, chunk: int, rows: pa.Table) -> Iterator[tuple[int, Example, tuple[str, str | None]]]:
-        """Row number, example, and its texts as they count for equality."""
-        ids = rows["example_id"].to_pylist()
-        texts_b = rows["text_b"].to_pylist()
-        if self.plan.tagger is None:
-            tags_a = tags_b = None
-        else:
-            tags = read_arrow(self.plan.file("tags", chunk))
-            tags_a, tags_b = tags["a"].to_pylist(), tags["b"].to_pylist()
-        for row, text_a in enumerate(rows["text_a"].to_pylist()):
-            words_a = split_words(text_a)
-            words_b = None if texts_b[row] is None else split_words(texts_b[row])
-            example = Example(
-                ids[row],
-                words_a,
-                [0] * len(words_a) if tags_a is None else tags_a[row],
-                words_b,
-                () if words_b is None else [0] * len(words_b) if tags_b is None else tags_b[row],
-            )
-            yield row, example, (joined(text_a, words_a), None if words_b is None else joined(texts_b[row], words_b))
+
+def _batches(texts: list[Ragged], num_variants: int) -> Iterator[range]:
+    """Runs of rows whose variants have about `WORDS_PER_BATCH` words, and at least one row."""
+    ends = np.cumsum(sum(text.lengths for text in texts) + 1) * num_variants
+    start, done = 0, 0
+    while start < len(ends):
+        stop = max(start + 1, int(np.searchsorted(ends, done + WORDS_PER_BATCH, side="right")))
+        yield range(start, stop)
+        start, done = stop, int(ends[stop - 1])
 
 
 class _Made:
-    """Collects the columns of variants."""
+    """Collects variants as rows of a corpus, with their text keys, and counts why others are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan, originals: pa.Table, texts: list[Ragged], vocabulary: Vocabulary) -> None:
         self.counts: Counter[str] = Counter()
-        self._rows: list[int] = []
-        self._iterations: list[int] = []
-        self._sides: list[str | None] = []
-        self._new: dict[str, list[str | None]] = {"a": [], "b": []}
-        self._lengths: dict[str, list[int]] = {"a": [], "b": []}
-        self._keys: list[bytes] = []
+        self._plan = plan
+        self._originals = originals.combine_chunks()
+        self._lengths = [text.lengths for text in texts]
+        self._vocabulary = vocabulary
+        self._forbidden = _forbidden(plan)
+        self._texts = [originals[f"text_{letter}"].combine_chunks() for letter in plan.letters()]
+        self._folded = [pa.array(map(joined, column.to_pylist()), pa.string()) for column in self._texts]
+        self._tables: list[pa.Table] = []
 
-    def add(
-        self,
-        row: int,
-        example: Example,
-        variant: Variant,
-        originals: tuple[str, str | None],
-        forbidden: frozenset[bytes],
-        keep_all_masked: bool,
-    ) -> None:
-        """Take a variant, or count why not."""
-        self.counts["made"] += 1
-        words_a, words_b = variant.words_a, variant.words_b
-        if words_a is None and words_b is None:
-            self.counts["dropped_unchanged"] += 1
-            return
-        if variant.all_masked and not keep_all_masked:
-            self.counts["dropped_all_masked"] += 1
-            return
-        text_a = None if words_a is None else " ".join(words_a)
-        text_b = None if words_b is None else " ".join(words_b)
-        key = text_key(
-            originals[0] if text_a is None else joined(text_a, words_a),
-            originals[1] if text_b is None else joined(text_b, words_b),
+    def add(self, variants: Variants) -> None:
+        """Take variants, or count why not."""
+        sides, is_pair = variants.changed, self._plan.is_pair
+        self.counts["made"] += len(variants.rows)
+        kept = np.flatnonzero(self._worth_keeping(variants))
+        parents = pa.array(variants.rows[kept])
+        texts, folded = (
+            [
+                _texts(side, original.take(parents), strings, kept)
+                for side, original in zip(sides, originals, strict=True)
+            ]
+            for originals, strings in (
+                (self._texts, self._vocabulary.words),
+                (self._folded, self._vocabulary.folded),
+            )
         )
-        if key in forbidden:
-            self.counts["dropped_leak"] += 1
-            return
-        self._rows.append(row)
-        self._iterations.append(variant.iteration)
-        self._sides.append(variant.side)
-        self._new["a"].append(text_a)
-        self._new["b"].append(text_b)
-        self._lengths["a"].append(len(example.words_a if words_a is None else words_a))
-        self._lengths["b"].append(len((example.words_b or ()) if words_b is None else words_b))
-        self._keys.append(key)
+        lengths = [
+            np.where(side.is_new, side.words.lengths, of_original[variants.rows])[kept]
+            for side, of_original in zip(sides, self._lengths, strict=True)
+        ]
+        if is_pair:
+            turned = variants.exchanged[kept]
+            texts, folded = [_turned(turned, *texts), _turned(turned, *folded)]
+            lengths = [np.where(turned, *lengths[::-1]), np.where(turned, *lengths)]
+        keys = [text_key(*parts) for parts in zip(*(column.to_pylist() for column in folded), strict=True)]
+        leaks = np.isin(np.array(keys, dtype="S16"), self._forbidden)
+        self.counts["dropped_leak"] += int(leaks.sum())
+        number = len(kept)
+        table = pa.table(
+            {
+                "row": variants.rows[kept],
+                "text_a": texts[0],
+                "text_b": texts[1] if is_pair else pa.nulls(number, pa.string()),
+                "aug_op": _operator_names(variants.operators[kept]),
+                "aug_iter": pa.array(variants.iterations[kept], pa.int16()),
+                "aug_side": _named(variants.side[kept], SIDES) if is_pair else pa.nulls(number, pa.string()),
+                "n_words_a": pa.array(lengths[0], pa.int32()),
+                "n_words_b": pa.array(lengths[1], pa.int32()) if is_pair else pa.nulls(number, pa.int32()),
+                KEY_COLUMN: pa.array(keys, pa.binary(16)),
+            }
+        )
+        self._tables.append(table.filter(pa.array(~leaks)) if leaks.any() else table)
 
-    def table(self, originals: pa.Table, plan: Plan) -> pa.Table:
+    def table(self) -> pa.Table:
         """The variants as rows of a corpus, in the order in which they were added, with their text keys."""
-        number = len(self._rows)
-        parents = originals.take(pa.array(self._rows, pa.int64()))
-        is_pair = originals["text_b"].null_count < len(originals)
-        parent_ids = parents["example_id"].to_pylist()
-        texts = {
-            side: [old if new is None else new for old, new in zip(column, self._new[side], strict=True)]
-            for side, column in (("a", parents["text_a"].to_pylist()), ("b", parents["text_b"].to_pylist()))
-        }
-        columns: dict[str, Any] = {
+        plan = self._plan
+        made = pa.concat_tables(self._tables, promote_options="permissive").combine_chunks()
+        number = len(made)
+        parents = self._originals.take(made["row"])
+        texts_b = made["text_b"].to_pylist()
+        columns = {
             # No two variants that are kept have the same text, nor that of an original: none is a duplicate.
-            "example_id": [example_id(a, b) for a, b in zip(texts["a"], texts["b"], strict=True)],
-            "parent_id": parent_ids,
-            "text_a": texts["a"],
-            "text_b": texts["b"],
-            "has_gold": np.zeros(number, dtype=bool),
-            "aug_op": ["rule"] * number,
-            "aug_iter": self._iterations,
-            "aug_side": self._sides,
-            "aug_version": [AUG_VERSION] * number,
-            "aug_config_hash": [plan.rules.config_hash] * number,
-            "seed": np.full(number, plan.seed, dtype=np.int64),
-            "n_words_a": self._lengths["a"],
-            "n_words_b": self._lengths["b"] if is_pair else [None] * number,
+            "example_id": pa.array(map(example_id, made["text_a"].to_pylist(), texts_b), pa.binary(16)),
+            "parent_id": parents["example_id"],
+            "has_gold": pa.repeat(pa.scalar(False), number),
+            "aug_version": pa.repeat(pa.scalar(AUG_VERSION), number),
+            "aug_config_hash": pa.repeat(pa.scalar(plan.rules.config_hash, pa.binary(8)), number),
+            "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
+            **{name: parents[name] for name in ("task", "split", "source")},
         }
-        arrays = []
         wanted = schema(plan.task)
+        arrays = []
         for field in wanted:
-            if field.name in columns:
-                array = pa.array(columns[field.name])
-            elif field.name in ("task", "split", "source"):
-                array = parents[field.name].combine_chunks()
+            if field.name in made.column_names:
+                arrays.append(made[field.name].cast(field.type))
             else:
-                array = pa.nulls(number, field.type)
-            arrays.append(array.cast(field.type))
-        table = pa.Table.from_arrays(arrays, schema=wanted)
-        return table.append_column(KEY_COLUMN, pa.array(self._keys, pa.binary(16)))
+                arrays.append(columns.get(field.name, pa.nulls(number, field.type)).cast(field.type))
+        return pa.Table.from_arrays(arrays, schema=wanted).append_column(KEY_COLUMN, made[KEY_COLUMN])
+
+    def _worth_keeping(self, variants: Variants) -> npt.NDArray[np.bool_]:
+        """Which variants say something that their originals do not; counts the others by reason."""
+        plan, sides = self._plan, variants.changed
+        is_new = np.logical_or.reduce([side.is_new for side in sides])
+        mask_word = len(pools_of(plan).words)
+        reasons = {"unchanged": ~is_new & ~variants.exchanged}
+        reasons["empty"] = np.logical_or.reduce([side.is_new & (side.words.lengths == 0) for side in sides])
+        if not plan.keep_all_masked:
+            reasons["all_masked"] = np.logical_or.reduce([_all_masked(side, mask_word) for side in sides])
+        if not plan.keep_all_changed and not plan.is_pair:
+            reasons["all_changed"] = sides[0].all_new
+        keep = np.ones(len(variants.rows), dtype=bool)
+        for reason, named in reasons.items():
+            self.counts[f"dropped_{reason}"] += int((keep & named).sum())
+            keep &= ~named
+        return keep
+
+
+def _texts(side: Changed, originals: pa.Array, strings: pa.Array, kept: npt.NDArray[np.int64]) -> pa.Array:
+    """The texts of one side of the kept variants: new words joined by spaces, or the original as it stands."""
+    lists = pa.LargeListArray.from_arrays(pa.array(side.words.offsets), strings.take(pa.array(side.words.values)))
+    new = pc.binary_join(lists, " ").cast(pa.string()).take(pa.array(kept))
+    return pc.if_else(pa.array(side.is_new[kept]), new, originals)
+
+
+def _turned(turned: npt.NDArray[np.bool_], a: pa.Array, b: pa.Array) -> list[pa.Array]:
+    """Both texts of pairs, the other way round where `turned` says so."""
+    return [pc.if_else(pa.array(turned), b, a), pc.if_else(pa.array(turned), a, b)]
+
+
+def _all_masked(side: Changed, mask_word: int) -> npt.NDArray[np.bool_]:
+    """Which variants have nothing but mask tokens left on a side that changed."""
+    lengths = side.words.lengths
+    of_word = np.repeat(np.arange(len(lengths)), lengths)
+    others = np.bincount(of_word[side.words.values != mask_word], minlength=len(lengths))
+    found: npt.NDArray[np.bool_] = side.is_new & (lengths > 0) & (others == 0)
+    return found
+
+
+def _named(numbers: npt.NDArray[Any], names: Sequence[str]) -> pa.Array:
+    """A dictionary column of names by number."""
+    return pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), pa.array(names, pa.string()))
+
+
+def _operator_names(bits: npt.NDArray[np.uint16]) -> pa.Array:
+    """Per variant the operators that changed it, joined by "+" in their order."""
+    found, numbers = np.unique(bits, return_inverse=True)
+    names = ["+".join(name for i, name in enumerate(OPERATORS) if value >> i & 1) for value in found.tolist()]
+    return _named(numbers, names)
 
 
 @lru_cache(maxsize=1)
-def _forbidden(plan: Plan) -> frozenset[bytes]:
-    data = (plan.folder / FORBIDDEN).read_bytes()
-    return frozenset(data[i : i + 16] for i in range(0, len(data), 16))
+def _forbidden(plan: Plan) -> npt.NDArray[np.bytes_]:
+    return np.frombuffer((plan.folder / FORBIDDEN).read_bytes(), dtype="S16")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+
+from .draws import FloatArray, IntArray
 
 MASK_TOKENS = ("[MASK]", "<mask>")
 """Mask tokens that the word tokeniser keeps whole: those of BERT-like and of RoBERTa-like tokenizers."""
@@ -11,12 +14,10 @@ MASK_TOKENS = ("[MASK]", "<mask>")
 
 @dataclass(frozen=True)
 class Mask:
-    """Replaces a word by the mask token with this probability; draws nothing of its own."""
+    """Replaces a word by the mask token, given by its number."""
 
-    probability: float
-    token: str = "[MASK]"
-    name: str = "mask"
+    token: int
 
-    def replace(self, word: str, tag: int, draw: Callable[[], float]) -> str:
+    def replace(self, words: IntArray, places: IntArray, draws: FloatArray) -> IntArray:
         """The mask token."""
-        return self.token
+        return np.full(len(words), self.token)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+
+from .draws import FloatArray, IntArray
 
 MAX_WORDS = 5
 
@@ -12,19 +15,14 @@ MAX_WORDS = 5
 class Window:
     """With this probability, keeps n words in a row, n uniform in 1..5, their start uniform; all, where n reaches that.
 
-    One draw; when taken, two more: n, then the start.
+    Three draws a text: whether, n, the start.
     """
 
     probability: float
-    name: str = "ngram"
 
-    def bounds(self, num_words: int, draw: Callable[[], float]) -> tuple[int, int] | None:
-        """First word kept and the one after the last; None when nothing is cut."""
-        if draw() >= self.probability:
-            return None
-        length = 1 + int(draw() * MAX_WORDS)
-        place = draw()
-        if length >= num_words:
-            return None
-        start = int(place * (num_words - length + 1))
-        return start, start + length
+    def bounds(self, num_words: IntArray, draws_N3: FloatArray) -> tuple[IntArray, IntArray]:
+        """First word kept and the one after the last, of each text; 0 and its length where nothing is cut."""
+        length = 1 + (draws_N3[:, 1] * MAX_WORDS).astype(np.int64)
+        start = (draws_N3[:, 2] * (num_words - length + 1)).astype(np.int64)
+        cut = (draws_N3[:, 0] < self.probability) & (length < num_words)
+        return np.where(cut, start, 0), np.where(cut, start + length, num_words)

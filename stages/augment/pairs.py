@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numpy as np
 
-PAIR_SIDES = ("cycle", "random")
-_CYCLE = ("a", "b", "both")
+from .draws import FloatArray, IntArray
+
+PAIR_SIDES = ("cycle", "alternate", "random")
+SIDES = ("a", "b", "both")
+"""What a variant changes, by number."""
 
 
-def side(iteration: int, pair_sides: str, draw: Callable[[], float]) -> str:
-    """ "a", "b" or "both": in turn by iteration (Tang et al.), or one in three each by a draw (castorini/d-bert).
+def sides(iterations: IntArray, pair_sides: str, draws: FloatArray) -> IntArray:
+    """The number of the side in `SIDES`, per variant.
 
-    "cycle" draws nothing, "random" draws once, before anything else of the variant. The sides are never swapped: the
-    order carries meaning in inference tasks.
+    "cycle" takes the three in turn by iteration (Tang et al.), "alternate" the first two (TinyBERT), "random" one in
+    three each by the draw (castorini/d-bert).
     """
-    return _CYCLE[iteration % 3] if pair_sides == "cycle" else _CYCLE[int(draw() * 3)]
+    if pair_sides == "random":
+        return (draws * 3).astype(np.int64)
+    return iterations % (3 if pair_sides == "cycle" else 2)

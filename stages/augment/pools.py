@@ -2,64 +2,70 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+
+import numpy as np
 
 from ...pipeline.fingerprint import fingerprint
+from .draws import FloatArray, IntArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pools:
-    """Words and counts per tag.
+    """Every (tag, word) of a corpus with how often it occurs; the operators know a word as its number here.
 
-    A draw picks an occurrence, so frequent words come often. Words are kept sorted, with running totals: the pool
-    follows from what the corpus holds, not from the order in which it was read, and takes the memory of a vocabulary.
+    Entries are sorted by tag, then word: the pools follow from what the corpus holds, not from the order in which it
+    was read, and take the memory of a vocabulary. A draw picks an occurrence, so frequent words come often.
 
     Attributes:
-        words: per tag, the different words in order of their code points.
-        totals: per tag, occurrences of the words up to and with this one; the last is the size of the pool.
+        tags: int64 [E]; 0 throughout where nothing was tagged.
+        words: E words.
+        counts: int64 [E] occurrences; 0 for a word that is known and never drawn.
     """
 
-    words: Mapping[int, tuple[str, ...]]
-    totals: Mapping[int, tuple[int, ...]]
+    tags: IntArray
+    words: tuple[str, ...]
+    counts: IntArray
 
     @classmethod
     def of(cls, counts: Mapping[tuple[int, str], int]) -> Pools:
         """Pools from the number of occurrences of each (tag, word)."""
-        words: dict[int, list[str]] = {}
-        numbers: dict[int, list[int]] = {}
-        for (tag, word), count in sorted(counts.items()):
-            words.setdefault(tag, []).append(word)
-            numbers.setdefault(tag, []).append(count)
-        return cls(
-            {tag: tuple(group) for tag, group in words.items()},
-            {tag: tuple(accumulate(group)) for tag, group in numbers.items()},
-        )
+        pairs = sorted(counts)
+        tags, numbers = [tag for tag, _ in pairs], [counts[pair] for pair in pairs]
+        return cls(np.array(tags, np.int64), tuple(word for _, word in pairs), np.array(numbers, np.int64))
+
+    @cached_property
+    def numbers(self) -> dict[tuple[int, str], int]:
+        """The entry of a (tag, word)."""
+        return {pair: number for number, pair in enumerate(zip(self.tags.tolist(), self.words, strict=True))}
 
     @cached_property
     def digest(self) -> str:
         """32 hex: hash of tags, words and counts."""
-        return fingerprint([[tag, self.words[tag], self.totals[tag]] for tag in sorted(self.words)])
+        return fingerprint([self.tags.tolist(), self.words, self.counts.tolist()])
 
-    def word(self, tag: int, draw: float) -> str | None:
-        """The word at `draw` in [0, 1) of the pool; None when no word of the corpus has this tag."""
-        totals = self.totals.get(tag)
-        return None if totals is None else self.words[tag][bisect_right(totals, int(draw * totals[-1]))]
+    @cached_property
+    def _ends(self) -> IntArray:
+        """Occurrences of the entries up to and with each."""
+        return np.cumsum(self.counts)
+
+    @cached_property
+    def _ranges(self) -> tuple[IntArray, IntArray]:
+        """Per entry: occurrences before its pool, and in it."""
+        before = np.concatenate([[0], self._ends])
+        first, last = (np.searchsorted(self.tags, self.tags, side=side) for side in ("left", "right"))
+        return before[first], before[last] - before[first]
+
+    def draw(self, entries: IntArray, draws: FloatArray) -> IntArray:
+        """An entry of the pool of each of these, at `draws` in [0, 1); the entry itself where the pool is empty."""
+        starts, sizes = (column[entries] for column in self._ranges)
+        found = np.searchsorted(self._ends, starts + (draws * sizes).astype(np.int64), side="right")
+        return np.where(sizes > 0, found, entries)
 
     def identical_rate(self) -> float:
         """The share of replacements expected to draw the word that is there: mean over words of their pool share."""
-        same = size = 0.0
-        for totals in self.totals.values():
-            counts = [after - before for before, after in zip((0, *totals), totals, strict=False)]
-            same += sum(count * count for count in counts) / totals[-1]
-            size += totals[-1]
-        return same / size if size else 0.0
-
-
-def count_words(words: Iterable[str], tags: Iterable[int], counts: Counter[tuple[int, str]]) -> None:
-    """Add one text to the counts that `Pools.of` takes."""
-    counts.update(zip(tags, words, strict=True))
+        sizes = np.maximum(self._ranges[1], 1)
+        total = self.counts.sum()
+        return float((self.counts * self.counts / sizes).sum() / total) if total else 0.0

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from .draws import FloatArray, IntArray
 from .pools import Pools
 
 
 @dataclass(frozen=True)
 class ReplaceByPos:
-    """Replaces a word with this probability by one drawn from the pool of its tag, as often as the corpus uses it.
+    """Replaces a word by one drawn from the pool of its tag, as often as the corpus uses it.
 
-    One draw. The word drawn may be the same one. A tag without a pool keeps the word, and takes its draw all the same.
+    The word drawn may be the same one.
     """
 
-    probability: float
     pools: Pools
-    name: str = "pos"
 
-    def replace(self, word: str, tag: int, draw: Callable[[], float]) -> str:
-        """A word from the pool of `tag`."""
-        return self.pools.word(tag, draw()) or word
+    def replace(self, words: IntArray, places: IntArray, draws: FloatArray) -> IntArray:
+        """Words from the pools of their tags."""
+        return self.pools.draw(words, draws)

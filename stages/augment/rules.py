@@ -1,141 +1,246 @@
-"""The rule operators together: from the words of an example to those of a variant.
+"""The operators together: from the words of many examples to those of their variants, by look-ups in tables.
 
-Draw order, part of the format (`AUG_VERSION`): the side of a pair, when it is drawn; then per changed side, for every
-word one draw, which decides between the word operators (each owns a band of [0, 1), in the order mask, pos) and
-keeping the word, followed by what the operator itself draws; after the words what the window draws.
+Every draw has its place, part of the format (`AUG_VERSION`): first the side of a pair and whether its texts trade
+places; then per text of n words n draws that decide between the word operators (each owns a band of [0, 1), in the
+order of `WORD_OPERATORS`) and keeping the word, n that such an operator chooses by, and three of the window. What one
+operator draws therefore does not depend on what others did.
+
+Word operators see the words of the original; then words that `swap` chose trade places, deleted ones go, and the window
+is cut from what is left.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ...pipeline.fingerprint import fingerprint
-from .draws import AUG_VERSION, Draws
+from ...pipeline.ragged import Ragged, offsets_of, ranges
+from .candidates import ReplaceByCandidate
+from .delete import DELETED, Delete
+from .draws import AUG_VERSION, Draws, FloatArray, IntArray
 from .mask import Mask
 from .ngram import Window
-from .pairs import side
+from .operators import OPERATORS, WORD_OPERATORS
+from .pairs import sides
 from .pools import Pools
 from .pos import ReplaceByPos
+from .swap import trade_places
 from .words import WORDS_VERSION
 
+TEXT_DRAWS = 2
+"""Draws of a variant before those of its texts."""
+WINDOW_DRAWS = 3
 
-@dataclass(frozen=True)
-class Example:
-    """An original as the operators see it; `words_b` is None for single texts, tags are numbers of the tagger."""
-
-    example_id: bytes
-    words_a: Sequence[str]
-    tags_a: Sequence[int]
-    words_b: Sequence[str] | None = None
-    tags_b: Sequence[int] = ()
+_EXCHANGE, _NGRAM, _SWAP = (OPERATORS.index(name) for name in ("exchange", "ngram", "swap"))
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What became of an example. A side is None where its words are those of the original.
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Configuration of the operators: their probabilities, and what a variant of a pair changes.
 
-    Attributes:
-        iteration: 0 .. num_variants - 1.
-        side: "a", "b", "both", or None for single texts.
-        words_a, words_b: the new words of a side that changed.
-        all_masked: whether a changed side has nothing but mask tokens left.
+    A probability of 0 switches an operator off; the others then draw the same numbers, under another `config_hash`.
     """
 
-    iteration: int
-    side: str | None
-    words_a: list[str] | None
-    words_b: list[str] | None
-    all_masked: bool
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Configuration of the rule operators. A probability of 0 switches an operator off and draws the same numbers."""
-
-    mask_probability: float = 0.1
-    pos_probability: float = 0.1
-    ngram_probability: float = 0.25
+    mask: float = 0.0
+    pos: float = 0.0
+    synonym: float = 0.0
+    neighbour: float = 0.0
+    delete: float = 0.0
+    swap: float = 0.0
+    ngram: float = 0.0
+    exchange: float = 0.0
     mask_token: str = "[MASK]"
     pair_sides: str = "cycle"
 
     @cached_property
+    def probabilities(self) -> dict[str, float]:
+        """Of every operator, in the order of `OPERATORS`."""
+        return {name: getattr(self, name) for name in OPERATORS}
+
+    @cached_property
     def config_hash(self) -> bytes:
-        """8 bytes: what of the configuration decides over a variant, seed and pools apart."""
-        return bytes.fromhex(
-            fingerprint(
-                {
-                    "aug_version": AUG_VERSION,
-                    "words_version": WORDS_VERSION,
-                    "mask": [self.mask_probability, self.mask_token],
-                    "pos": self.pos_probability,
-                    "ngram": self.ngram_probability,
-                    "pair_sides": self.pair_sides,
-                }
-            )
-        )[:8]
+        """8 bytes: what of the configuration decides over a variant; seed, pools and candidates apart."""
+        used = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        return bytes.fromhex(fingerprint({"aug_version": AUG_VERSION, "words_version": WORDS_VERSION, **used}))[:8]
+
+
+class WordOperator(Protocol):
+    """Replaces words, seen as numbers of a vocabulary. How often is not its business."""
+
+    def replace(self, words: IntArray, places: IntArray, draws: FloatArray) -> IntArray:
+        """The new words: int64 [K]; `DELETED` for none.
+
+        Args:
+            words: int64 [K].
+            places: int64 [K] where each stands among all words of its side.
+            draws: float64 [K] in [0, 1).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """One side of V variants.
+
+    Attributes:
+        words: V rows of words; a side that a variant leaves alone has none.
+        is_new: bool [V] whether the words are not those of the original.
+        all_new: bool [V] whether none of the words stayed in its place, before the window.
+    """
+
+    words: Ragged
+    is_new: npt.NDArray[np.bool_]
+    all_new: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Variants:
+    """V variants.
+
+    Attributes:
+        rows: int64 [V] the example each is made from.
+        iterations: int64 [V] 0 .. num_variants - 1.
+        side: int64 [V] index into `pairs.SIDES`; 0 for single texts.
+        exchanged: bool [V] whether the two texts of the pair trade places.
+        operators: uint16 [V] bit i: operator i changed something.
+        changed: per side.
+    """
+
+    rows: IntArray
+    iterations: IntArray
+    side: IntArray
+    exchanged: npt.NDArray[np.bool_]
+    operators: npt.NDArray[np.uint16]
+    changed: tuple[Changed, ...]
 
 
 class RuleAugmenter:
     """Makes variants of examples.
 
+    Args:
+        rules: the configuration.
+        pools: the vocabulary, and what `pos` draws from.
+        seed: of all draws.
+        mask_word: the number of the mask token in the vocabulary.
+        candidates: of `synonym` and `neighbour`, per word of the vocabulary.
+
     Attributes:
-        counts: what was done so far: `words` seen, `mask` and `pos` words replaced, `pos_identical` of the latter by
-            the same word, `sides` changed and `ngram` windows cut.
+        counts: what was done so far: `words` seen, of every word operator words chosen under its name and those that
+            stayed what they were as `<name>_identical`, texts changed as `sides`, windows cut as `ngram` and pairs
+            turned round as `exchange`.
     """
 
-    def __init__(self, rules: Rules, pools: Pools, seed: int) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        pools: Pools,
+        seed: int,
+        *,
+        mask_word: int,
+        candidates: Mapping[str, Ragged] | None = None,
+    ) -> None:
+        self._rules = rules
         self._draws = Draws(seed, rules.config_hash)
-        self._pair_sides = rules.pair_sides
-        self._mask_token = rules.mask_token
-        self._window = Window(rules.ngram_probability)
-        self._mask = Mask(rules.mask_probability, rules.mask_token)
-        self._pos = ReplaceByPos(rules.pos_probability, pools)
-        self._mask_limit = rules.mask_probability
-        self._pos_limit = rules.mask_probability + rules.pos_probability
+        self._limits = np.cumsum([rules.probabilities[name] for name in WORD_OPERATORS])
+        self._window = Window(rules.ngram)
+        self._operators: dict[str, WordOperator] = {
+            "mask": Mask(mask_word),
+            "pos": ReplaceByPos(pools),
+            "delete": Delete(),
+            **{name: ReplaceByCandidate(rows) for name, rows in (candidates or {}).items()},
+        }
         self.counts: Counter[str] = Counter()
 
-    def variants(self, example: Example, num_variants: int) -> Iterator[Variant]:
-        """Iterations 0 .. num_variants - 1 of an example."""
-        words_b = example.words_b
-        most = 2 * (len(example.words_a) + len(words_b or ())) + 7
-        for iteration in range(num_variants):
-            draw = iter(self._draws.of(example.example_id, iteration, most)).__next__
-            if words_b is None:
-                changed = self._changed(example.words_a, example.tags_a, draw)
-                yield Variant(iteration, None, changed, None, self._is_masked(changed))
+    def variants(
+        self, example_ids: Sequence[bytes], texts: Sequence[Ragged], num_variants: int, *, of: range | None = None
+    ) -> Variants:
+        """Iterations 0 .. num_variants - 1 of examples, one example after another.
+
+        Args:
+            example_ids: N ids.
+            texts: one or two sides of N rows of words.
+            num_variants: per example.
+            of: which of the N examples; all when not given.
+        """
+        chosen = range(len(example_ids)) if of is None else of
+        rows = np.repeat(np.asarray(chosen, dtype=np.int64), num_variants)
+        iterations = np.tile(np.arange(num_variants), len(chosen))
+        lengths = [text.lengths[rows] for text in texts]
+        counts = TEXT_DRAWS + sum(2 * length + WINDOW_DRAWS for length in lengths)
+        repeated = [example_ids[row] for row in chosen for _ in range(num_variants)]
+        draws, starts = self._draws.of(repeated, iterations.tolist(), np.asarray(counts))
+        operators = np.zeros(len(rows), dtype=np.uint16)
+        side, exchanged = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=bool)
+        if len(texts) == 2:
+            side = sides(iterations, self._rules.pair_sides, draws[starts])
+            exchanged = draws[starts + 1] < self._rules.exchange
+            operators |= (exchanged << _EXCHANGE).astype(np.uint16)
+            self.counts["exchange"] += int(exchanged.sum())
+        starts = starts + TEXT_DRAWS
+        changed = []
+        for number, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+            is_chosen = np.ones(len(rows), dtype=bool) if len(texts) == 1 else (side == number) | (side == 2)
+            changed.append(self._changed(number, text, rows, is_chosen, draws, starts, operators))
+            starts = starts + 2 * length + WINDOW_DRAWS
+        return Variants(rows, iterations, side, exchanged, operators, tuple(changed))
+
+    def _changed(
+        self,
+        side: int,
+        text: Ragged,
+        rows: IntArray,
+        is_chosen: npt.NDArray[np.bool_],
+        draws: FloatArray,
+        starts: IntArray,
+        operators: npt.NDArray[np.uint16],
+    ) -> Changed:
+        """One side of the variants that `is_chosen` names; sets the bits of what changed them in `operators`."""
+        lengths = np.where(is_chosen, text.lengths[rows], 0)
+        offsets = offsets_of(lengths)
+        variant = np.repeat(np.arange(len(rows)), lengths)
+        deciding = draws[ranges(starts, lengths)]
+        choosing = draws[ranges(starts + lengths, lengths)]
+        places = ranges(text.offsets[rows], lengths)
+        old = text.values[places]
+        new = old.copy()
+        chosen = np.searchsorted(self._limits, deciding, side="right")
+        self.counts["words"] += len(old)
+        self.counts["sides"] += int(is_chosen.sum())
+
+        def note(number: int, at: IntArray) -> None:
+            """Count what an operator was to change, and mark the variants it did change."""
+            name, is_other = OPERATORS[number], new[at] != old[at]
+            self.counts[name] += len(at)
+            self.counts[f"{name}_identical"] += len(at) - int(is_other.sum())
+            operators[variant[at[is_other]]] |= np.uint16(1 << number)
+
+        for number, name in enumerate(WORD_OPERATORS[:_SWAP]):
+            at = np.flatnonzero(chosen == number)
+            if not len(at):
                 continue
-            which = side(iteration, self._pair_sides, draw)
-            changed_a = self._changed(example.words_a, example.tags_a, draw) if which != "b" else None
-            changed_b = self._changed(words_b, example.tags_b, draw) if which != "a" else None
-            masked = self._is_masked(changed_a) or self._is_masked(changed_b)
-            yield Variant(iteration, which, changed_a, changed_b, masked)
+            new[at] = self._operators[name].replace(old[at], places[at], choosing[at])
+            note(number, at)
+        at = np.flatnonzero(chosen == _SWAP)
+        partners = offsets[variant[at]] + (choosing[at] * lengths[variant[at]]).astype(np.int64)
+        trade_places(new, at, partners, variant[at])
+        note(_SWAP, at)
 
-    def _changed(self, words: Sequence[str], tags: Sequence[int], draw: Callable[[], float]) -> list[str] | None:
-        """The words after all operators; None when they are what they were."""
-        mask_limit, pos_limit, counts = self._mask_limit, self._pos_limit, self.counts
-        result = [*words]
-        is_changed = False
-        for position, word in enumerate(words):
-            place = draw()
-            if place < pos_limit:
-                operator = self._mask if place < mask_limit else self._pos
-                new = operator.replace(word, tags[position], draw)
-                counts[operator.name] += 1
-                if new != word:
-                    result[position] = new
-                    is_changed = True
-                elif operator is self._pos:
-                    counts["pos_identical"] += 1
-        counts["words"] += len(words)
-        counts["sides"] += 1
-        bounds = self._window.bounds(len(words), draw)
-        if bounds is not None:
-            counts["ngram"] += 1
-            return result[bounds[0] : bounds[1]]
-        return result if is_changed else None
-
-    def _is_masked(self, words: list[str] | None) -> bool:
-        return words is not None and all(word == self._mask_token for word in words)
+        num_new = np.bincount(variant[new != old], minlength=len(rows))
+        is_new, all_new = num_new > 0, (num_new == lengths) & (num_new > 0)
+        kept = new != DELETED
+        lengths = np.bincount(variant[kept], minlength=len(rows))
+        words = new[kept]
+        window = draws[(starts + 2 * text.lengths[rows])[:, None] + np.arange(WINDOW_DRAWS)]
+        first, last = self._window.bounds(lengths, window)
+        is_cut = is_chosen & (last - first < lengths)
+        first, last = np.where(is_chosen, first, 0), np.where(is_chosen, last, 0)
+        operators[is_cut] |= np.uint16(1 << _NGRAM)
+        self.counts["ngram"] += int(is_cut.sum())
+        words = words[ranges(offsets_of(lengths)[:-1] + first, last - first)]
+        return Changed(Ragged.from_lengths(words, last - first), is_new | is_cut, all_new)

@@ -233,6 +233,8 @@ _CLOSED = {
     "less least how why quite rather almost",
 }
 _CLOSED_TAG = {word: tag for tag, words in _CLOSED.items() for word in words.split()}
+CLOSED_CLASS = frozenset(_CLOSED_TAG)
+"""English words of the closed classes, in small letters: articles, pronouns, prepositions, auxiliaries and the like."""
 _SUFFIXES = (
     ("ly", "ADV"),
     *((suffix, "ADJ") for suffix in ("ous", "ful", "less", "able", "ible", "ive", "ish", "ic", "ical", "est")),

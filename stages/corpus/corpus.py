@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -22,8 +22,8 @@ from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import RefusedError, near_match
 from ...pipeline.fingerprint import canonical_json, differing_fields
 from .files import RawTable, read_raw
-from .labels import Labels, match_labels, read_indicator_columns, read_labels
-from .schema import NO_LABEL, CorpusInfo, example_id, example_ids, label_field, schema
+from .labels import Labels, match_labels, queue_place, read_indicator_columns, read_labels
+from .schema import NO_LABEL, CorpusInfo, example_id, example_ids, label_field, normalised, schema
 from .source import DatasetSource
 
 DATA_FOLDER = "data"
@@ -239,6 +239,8 @@ def build_corpus(
     """A corpus of originals from texts and labels; counts duplicates and conflicting labels."""
     num_rows = len(texts_a)
     ids, dup_index = example_ids(texts_a, texts_b)
+    if any(dup_index):
+        ids = _numbered_by_label(ids, texts_a, texts_b, splits, labels)
     has_gold = [value is not None for value in labels.values]
     wanted = schema(info.task)
     columns: dict[str, pa.Array] = {
@@ -264,50 +266,106 @@ def build_corpus(
     return Corpus(pa.Table.from_arrays(arrays, schema=wanted), info, counts)
 
 
-def join_unlabelled(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
+def _numbered_by_label(
+    ids: list[bytes], texts_a: list[str], texts_b: list[str] | None, splits: list[str], labels: Labels
+) -> list[bytes]:
+    """The ids, those of equal texts dealt out by split and label: which copy has which label does not hang on order."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, text in enumerate(texts_a):
+        key = (normalised(text), "" if texts_b is None else normalised(texts_b[row]))
+        groups.setdefault(key, []).append(row)
+    numbered = [*ids]
+    for rows in groups.values():
+        if len(rows) > 1:
+            for row, other in zip(
+                sorted(rows, key=lambda row: (splits[row], repr(labels.values[row]))), rows, strict=True
+            ):
+                numbered[row] = ids[other]
+    return numbered
+
+
+def sorted_by_id(table: pa.Table) -> pa.Table:
+    """The rows in the order of their `example_id`: the same table, whatever order they came in."""
+    ids = np.array(table["example_id"].to_pylist(), dtype="S16")
+    return table.take(pa.array(np.argsort(ids, kind="stable")))
+
+
+def join_unlabelled(
+    corpus: Corpus,
+    others: Sequence[Corpus],
+    *,
+    keys_of: Callable[[Sequence[str], Sequence[str] | None], list[bytes]] | None = None,
+    forbidden: Collection[bytes] = (),
+    most: int | None = None,
+    seed: int = 0,
+) -> Corpus:
     """The corpus followed by the texts of others, without their labels.
 
     A text that is there already, in the corpus or an earlier one of the others, is left out: it would add nothing but
-    weight. Counts `transfer_rows` joined and `transfer_known` left out.
+    weight. Counts `transfer_rows` joined, and left out `transfer_known`, `transfer_leaks` and `transfer_not_sampled`.
+
+    Args:
+        corpus: what comes first.
+        others: unlabelled, or labelled and taken without.
+        keys_of: what texts are compared by; their `example_id` when not given.
+        forbidden: keys of texts that must not be joined.
+        most: join so many at most; which follows from the seed and the texts, not from their order.
+        seed: which ones.
+
+    Raises:
+        RefusedError: single texts joined to pairs, or the other way round.
     """
     if not others:
         return corpus
-    known = set(corpus.table["example_id"].to_pylist())
-    tables, num_read = [corpus.table], 0
-    first_split = corpus.table["split"][0].as_py()
+    keys_of = keys_of or _ids_of
+    known = set(keys_of(*corpus.texts()))
+    counts: Counter[str] = Counter()
+    rows: list[tuple[str, str | None, str]] = []
     for other in others:
         if other.info.is_pair != corpus.info.is_pair:
             raise RefusedError(
                 "transfer text must have as many texts per row as the dataset", fix="give --transfer-text-pair-column"
             )
-        num_read += len(other)
         texts_a, texts_b = other.texts()
-        new = []
-        for row, text_a in enumerate(texts_a):
-            identity = example_id(text_a, None if texts_b is None else texts_b[row])
-            if identity not in known:
-                known.add(identity)
-                new.append(row)
+        source = other.table["source"][0].as_py()
+        for row, key in enumerate(keys_of(texts_a, texts_b)):
+            if key in forbidden or key in known:
+                counts["transfer_leaks" if key in forbidden else "transfer_known"] += 1
+            else:
+                known.add(key)
+                rows.append((texts_a[row], None if texts_b is None else texts_b[row], source))
+    if most is not None and most < len(rows):
+        counts["transfer_not_sampled"] = len(rows) - most
+        places = {id(row): queue_place(example_id(*row[:2]), seed, b"kd-transfer-1") for row in rows}
+        rows = sorted(rows, key=lambda row: places[id(row)])[:most]
+    tables = [corpus.table]
+    for source in dict.fromkeys(row[2] for row in rows):
+        chosen = [row for row in rows if row[2] == source]
         joined = build_corpus(
-            [texts_a[row] for row in new],
-            None if texts_b is None else [texts_b[row] for row in new],
-            Labels(corpus.info.task, [None] * len(new), corpus.info.label_names),
-            splits=[first_split] * len(new),
-            source=other.table["source"][0].as_py(),
+            [text_a for text_a, _, _ in chosen],
+            [text_b or "" for _, text_b, _ in chosen] if corpus.info.is_pair else None,
+            Labels(corpus.info.task, [None] * len(chosen), corpus.info.label_names),
+            splits=[corpus.table["split"][0].as_py()] * len(chosen),
+            source=source,
             info=corpus.info,
             counts={},
         )
         tables.append(joined.table)
-    table = pa.concat_tables(tables).unify_dictionaries()
-    num_joined = len(table) - len(corpus)
-    counts = {
-        **corpus.counts,
-        "rows": len(table),
-        "unlabelled": corpus.counts["unlabelled"] + num_joined,
-        "transfer_rows": num_joined,
-        "transfer_known": num_read - num_joined,
-    }
-    return corpus.replaced(table=table, counts=counts)
+    figures = {name: counts[name] for name in ("transfer_known", "transfer_leaks", "transfer_not_sampled")}
+    return corpus.replaced(
+        table=pa.concat_tables(tables).unify_dictionaries(),
+        counts={
+            **corpus.counts,
+            "rows": len(corpus) + len(rows),
+            "unlabelled": corpus.counts["unlabelled"] + len(rows),
+            "transfer_rows": len(rows),
+            **figures,
+        },
+    )
+
+
+def _ids_of(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> list[bytes]:
+    return [example_id(text, None if texts_b is None else texts_b[row]) for row, text in enumerate(texts_a)]
 
 
 def _conflicts(texts_a: list[str], texts_b: list[str] | None, labels: Labels) -> int:

@@ -421,6 +421,10 @@ def hide_labels(
 
 def _queue(example_ids: pa.ChunkedArray, rows: np.ndarray, seed: int) -> np.ndarray:
     """uint64 per row: its place, from seed and id alone."""
-    prefix = b"kd-labels-1\x1f%d\x1f" % seed
     ids = example_ids.combine_chunks().take(pa.array(rows)).to_pylist()
-    return np.array([int.from_bytes(blake2b(prefix + i, digest_size=8).digest(), "little") for i in ids], np.uint64)
+    return np.array([queue_place(i, seed, b"kd-labels-1") for i in ids], np.uint64)
+
+
+def queue_place(example_id: bytes, seed: int, purpose: bytes) -> int:
+    """A 64-bit number from an id, a seed and what it is for: whoever has the smallest is chosen first."""
+    return int.from_bytes(blake2b(b"%s\x1f%d\x1f%s" % (purpose, seed, example_id), digest_size=8).digest(), "little")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 
 from kd.pipeline.artifact import read_manifest
 from kd.pipeline.errors import IncompleteError, RefusedError, UsageError
+from kd.pipeline.ragged import Ragged
 from kd.pipeline.stage import NullProgress, StageContext, execute
-from kd.stages.augment import Augment, generate, tagger
+from kd.stages.augment import Augment, generate, operators, tagger
 from kd.stages.augment import augment as augment_module
 from kd.stages.augment.dedup import text_keys
+from kd.stages.augment.pools import Pools
+from kd.stages.augment.rules import RuleAugmenter, Rules
 from kd.stages.augment.words import split_words
 from kd.stages.corpus import Corpus, DatasetSource, hide_labels, load_corpus, open_corpus
 
@@ -46,10 +50,6 @@ def run(dataset: Path | str, output: Path, **fields: Any) -> Corpus:
     return open_corpus(output)
 
 
-def rows_of(corpus: Corpus) -> list[tuple[Any, ...]]:
-    return sorted(zip(*(column.to_pylist() for column in corpus.table.columns), strict=True), key=repr)
-
-
 def small_chunks(monkeypatch: pytest.MonkeyPatch, variants: int = 40) -> None:
     monkeypatch.setattr(augment_module, "VARIANTS_PER_CHUNK", variants)
 
@@ -69,8 +69,11 @@ def test_originals_come_first_with_their_labels_then_variants_without(dataset: P
     corpus = run(dataset, tmp_path / "corpus")
     originals = load_corpus(DatasetSource(dataset=str(dataset), text_column="text", label_column="label"))
     rows = corpus.table.to_pylist()
-    assert [row["text_a"] for row in rows[:54]] == originals.texts()[0]
-    assert corpus.labels()[0][:54].tolist() == originals.labels()[0].tolist()
+    ids = [row["example_id"] for row in rows[:54]]
+    assert ids == sorted(ids)
+    assert sorted(row["text_a"] for row in rows[:54]) == sorted(originals.texts()[0])
+    labels = dict(zip(originals.texts()[0], originals.labels()[0].tolist(), strict=True))
+    assert [labels[row["text_a"]] for row in rows[:54]] == corpus.labels()[0][:54].tolist()
     assert corpus.info == originals.info
     assert all(row["aug_op"] == "orig" and row["parent_id"] is None and row["has_gold"] for row in rows[:54])
     by_id = {row["example_id"]: row for row in rows}
@@ -78,7 +81,8 @@ def test_originals_come_first_with_their_labels_then_variants_without(dataset: P
     for row in rows[54:]:
         parent = by_id[row["parent_id"]]
         assert parent["aug_op"] == "orig"
-        assert (row["aug_op"], row["has_gold"], row["label_gold"]) == ("rule", False, None)
+        assert (row["has_gold"], row["label_gold"]) == (False, None)
+        assert set(row["aug_op"].split("+")) <= {"mask", "pos", "ngram"}
         assert row["aug_iter"] in range(4)
         assert (row["seed"], row["split"], row["source"]) == (42, "train", "films")
         assert row["text_a"] == " ".join(split_words(row["text_a"]))
@@ -98,6 +102,63 @@ def test_the_manifest_adds_up(dataset: Path, tmp_path: Path) -> None:
     assert augmentation["settings"]["ngram"] == 0.25
     assert augmentation["pools"]["words"] > 10
     assert not (tmp_path / "corpus" / "work").exists()
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_every_variant_can_be_made_again_from_its_row_and_the_manifest(
+    tmp_path: Path, sentences: list[str], pair: bool
+) -> None:
+    pq.write_table(pa.table({"text": sentences[:30], "other": sentences[40:70]}), tmp_path / "x.parquet")
+    fields = {"text_pair_column": "other", "operators": ("mask", "pos", "swap", "ngram", "exchange")} if pair else {}
+    corpus = run(tmp_path / "x.parquet", tmp_path / "corpus", label_column=None, num_variants=5, seed=7, **fields)
+    said = (read_manifest(tmp_path / "corpus") or {})["content"]["augmentation"]
+    rows = corpus.table.to_pylist()
+    originals = {row["example_id"]: row for row in rows if row["parent_id"] is None}
+    names = ("text_a", "text_b") if pair else ("text_a",)
+    tag = tagger.load_tagger(said["tagger"]["name"]).tag
+    pairs = {
+        key: [[*zip(tag(words), words, strict=True)] for words in (split_words(row[name]) for name in names)]
+        for key, row in originals.items()
+    }
+    pools = Pools.of(Counter(entry for sides in pairs.values() for side in sides for entry in side))
+    assert pools.digest == said["pools"]["digest"]
+    settings = {field.name: said["settings"][field.name] for field in dataclasses.fields(Rules)}
+    rules = Rules(**settings if pair else {**settings, "pair_sides": "cycle"})
+    augmenter = RuleAugmenter(rules, pools, said["seed"], mask_word=len(pools.words))
+    strings = [*pools.words, rules.mask_token]
+    assert len(rows) > 100
+    for row in rows[30:]:
+        assert row["aug_config_hash"].hex() == said["config_hash"] == rules.config_hash.hex()
+        sides = [[pools.numbers[entry] for entry in side] for side in pairs[row["parent_id"]]]
+        texts = [Ragged.from_rows([side], "int64") for side in sides]
+        made = augmenter.variants([row["parent_id"]], texts, row["aug_iter"] + 1)
+        new = [
+            " ".join(strings[number] for number in side.words[row["aug_iter"]])
+            if side.is_new[row["aug_iter"]]
+            else originals[row["parent_id"]][name]
+            for side, name in zip(made.changed, names, strict=True)
+        ]
+        assert [row[name] for name in names] == (new[::-1] if made.exchanged[row["aug_iter"]] else new)
+
+
+def test_the_report_has_numbers_and_examples_of_each_operator(dataset: Path, tmp_path: Path) -> None:
+    corpus = run(dataset, tmp_path / "corpus", operators=("mask", "delete", "ngram"))
+    report = (tmp_path / "corpus" / "report.md").read_text()
+    summary = (read_manifest(tmp_path / "corpus") or {})["summary"]
+    used = [row["aug_op"].split("+") for row in corpus.table.to_pylist()[54:]]
+    assert summary["rows_by_operator"] == {n: sum(n in names for names in used) for n in ("mask", "delete", "ngram")}
+    for name in ("mask", "delete", "ngram"):
+        changes = summary["changes"][name]
+        places = changes.get("words", changes.get("texts"))
+        assert f"| {name} | {summary['rows_by_operator'][name]} | {places} | 0 |" in report
+    texts = {row["text_a"]: row for row in corpus.table.to_pylist()}
+    section = report.split("## mask\n\n| original | variant |\n|---|---|\n")[1].split("\n\n")[0]
+    shown = [line.strip("| ").split(" | ") for line in section.splitlines()]
+    assert len(shown) == 3
+    for old, new in shown:
+        assert texts[new]["parent_id"] == texts[old]["example_id"]
+        assert texts[new]["aug_op"] == "mask" and "[MASK]" in new
+    assert f"| duplicate | {summary['variants_dropped']['duplicate']} |" in report
 
 
 def test_datasets_opens_a_corpus(dataset: Path, tmp_path: Path) -> None:
@@ -178,22 +239,31 @@ def test_a_corpus_is_golden(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
     corpus = run(tmp_path / "x.parquet", tmp_path / "corpus", label_column=None)
     assert corpus.texts()[0][3:6] == [
-        ", It's it ?",
-        "It's the 0th film , isn't it ? Very well-made for $ 1,000 [MASK]",
-        "It's the 0th film , isn't it ? Very well-made for $ [MASK] !",
+        "Very isn't for $ 1,000",
+        "It's the 0th [MASK] , well-made it ? Very film for $ 1,000 !",
+        "It's the 1,000 film , isn't it ? Very well-made [MASK] $ 1,000 !",
     ]
-    assert corpus.fingerprint == "c0569c7097b6534226d3effbb1966504"
+    assert corpus.fingerprint == "251fa63477d99fe8222799fe47ad7af5"
 
 
 # Determinism -----------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_rows_changes_nothing_but_the_order(tmp_path: Path, sentences: list[str]) -> None:
-    forward = write_dataset(tmp_path / "films", sentences[:60])
-    backward = write_dataset(tmp_path / "again" / "films", sentences[:60], order=[*reversed(range(60))])
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in a corpus but its manifest, which says how long it took."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def test_the_order_of_the_rows_changes_no_byte(tmp_path: Path, sentences: list[str]) -> None:
+    """Nor do texts that are there twice, with another label each time."""
+    texts = [*sentences[:60], *sentences[1:9]]
+    forward = write_dataset(tmp_path / "films", texts)
+    backward = write_dataset(tmp_path / "again" / "films", texts, order=[*reversed(range(68))])
     one, other = run(forward, tmp_path / "one"), run(backward, tmp_path / "other")
-    assert rows_of(one) == rows_of(other)
+    assert one.counts["conflicting_labels"] > 0
     assert one.fingerprint == other.fingerprint
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
 
 
 def test_the_size_of_chunks_changes_nothing(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +290,15 @@ def test_the_order_in_which_chunks_are_done_changes_nothing(
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch)
-    alone = run(dataset, tmp_path / "alone")
-    together = run(dataset, tmp_path / "together", workers=2)
-    assert together.table == alone.table
+    run(dataset, tmp_path / "alone")
+    for workers in (3, 2):
+        execute(stage(dataset, tmp_path / "together", workers=workers), StageContext(overwrite=True))
+        assert files_of(tmp_path / "together") == files_of(tmp_path / "alone")
     assert execute(stage(dataset, tmp_path / "together", workers=1)).skipped
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-@pytest.mark.parametrize("job", [generate.TagJob, generate.VariantJob])
+@pytest.mark.parametrize("job", [generate.WordsJob, generate.VariantJob])
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: type, after: int
 ) -> None:
@@ -256,6 +327,7 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(
         patched.setattr(job, "finish", count)
         resumed = run(dataset, tmp_path / "resumed")
     assert resumed.table == undisturbed.table
+    assert files_of(tmp_path / "resumed") == files_of(tmp_path / "undisturbed")
     assert not set(computed) & set(done)
 
 
@@ -341,6 +413,28 @@ def test_transfer_text_is_augmented_too(dataset: Path, tmp_path: Path, sentences
     assert not any(row["has_gold"] for row in joined)
     summary = (read_manifest(tmp_path / "corpus") or {})["summary"]
     assert (summary["transfer_rows"], summary["transfer_known"], summary["originals"]) == (20, 1, 74)
+
+
+def test_transfer_text_is_sampled_by_ratio_whatever_its_order(
+    dataset: Path, tmp_path: Path, sentences: list[str]
+) -> None:
+    """What the dataset or a test split holds, in whatever spelling, is not sampled from."""
+    (tmp_path / "again").mkdir()
+    body = [*sentences[60:160], *(text.upper() for text in sentences[:20])]
+    for folder, texts in ((tmp_path, body), (tmp_path / "again", body[::-1])):
+        pq.write_table(pa.table({"body": texts}), folder / "more.parquet")
+        options = {"transfer_dataset": (str(folder / "more.parquet"),), "transfer_text_column": "body"}
+        run(dataset, folder / "corpus", num_variants=1, transfer_ratio=0.5, **options)
+    assert files_of(tmp_path / "corpus") == files_of(tmp_path / "again" / "corpus")
+    joined = {
+        r["text_a"] for r in open_corpus(tmp_path / "corpus").table.to_pylist()[:81] if r["source"] == "more.parquet"
+    }
+    assert len(joined) == 27 and joined <= set(sentences[60:160])
+    summary = (read_manifest(tmp_path / "corpus") or {})["summary"]
+    names = ("transfer_rows", "transfer_known", "transfer_leaks", "transfer_not_sampled")
+    assert [summary[name] for name in names] == [27, 18, 2, 73]
+    other = run(dataset, tmp_path / "seed", num_variants=1, transfer_ratio=0.5, transfer_seed=1, **options)
+    assert not joined >= {r["text_a"] for r in other.table.to_pylist()[:81] if r["source"] == "more.parquet"}
 
 
 # Leakage ---------------------------------------------------------------------------------------------------------
@@ -432,11 +526,14 @@ def test_presets_fill_in_what_is_not_given() -> None:
     def resolved(**fields: Any) -> dict[str, Any]:
         return stage("x", Path("y"), **{"num_variants": None, **fields}).resolved
 
-    assert resolved() == {"num_variants": 3, "mask": 0.1, "pos": 0.1, "ngram": 0.25, "pair_sides": "cycle"}
-    assert resolved(preset="tang")["num_variants"] == 20
-    assert resolved(preset="d-bert") == {
-        **{"num_variants": 20, "mask": 0.1, "pos": 0.1, "ngram": 0.0},
-        "pair_sides": "random",
+    plain = resolved()
+    used = {name: plain[name] for name in operators.OPERATORS if plain[name]}
+    assert (plain["num_variants"], plain["pair_sides"], used) == (3, "cycle", {"mask": 0.1, "pos": 0.1, "ngram": 0.25})
+    assert resolved(preset="tang") == {**plain, "num_variants": 20}
+    assert resolved(preset="tang", text_pair_column="other")["num_variants"] == 10
+    assert resolved(preset="dbert-code") == {
+        **{**plain, "ngram": 0.0, "num_variants": 20},
+        **{"pair_sides": "random", "drop_all_changed": True},
     }
     assert resolved(preset="tang", num_variants=2, ngram_probability=0.0)["ngram"] == 0.0
     assert resolved(operators=("ngram", "mask"))["pos"] == 0.0
@@ -451,7 +548,13 @@ def test_presets_fill_in_what_is_not_given() -> None:
         ({"preset": "tangg"}, "did you mean 'tang'"),
         ({"mask_probability": 1.5}, "--mask-probability is 1.5; expected a number from 0 to 1"),
         ({"mask_probability": float("nan")}, "expected a number from 0 to 1"),
-        ({"mask_probability": 0.6, "pos_probability": 0.6}, "sum to more than 1"),
+        ({"mask_probability": 0.6, "pos_probability": 0.6}, r"mask 0\.6, pos 0\.6 sum to more than 1"),
+        ({"operators": ("synonym",)}, "operator 'synonym' needs --wordnet"),
+        ({"operators": ("neighbour",)}, "operator 'neighbour' needs --word-table"),
+        ({"word_table": "x"}, "--word-table is given, and operator 'neighbour' is not among --operators"),
+        ({"operators": ("exchange",)}, "'exchange' needs pairs"),
+        ({"num_candidates": 0}, "--num-candidates is 0"),
+        ({"transfer_ratio": 1.0}, "--transfer-ratio is 1.0; expected 0 or more, and --transfer-dataset"),
         ({"operators": ("mask",), "pos_probability": 0.6}, "add pos to --operators"),
         ({"num_variants": -1}, "--num-variants is -1"),
         ({"num_variants": 1 << 15}, "expected a number from 0 to 32767"),

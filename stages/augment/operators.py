@@ -1,0 +1,49 @@
+"""The operators by name, how often they act, and published settings. Light: the command line reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "delete", "swap")
+"""Operators that share the draw of a word: their probabilities sum to at most 1."""
+OPERATORS = (*WORD_OPERATORS, "ngram", "exchange")
+"""All of them, in the order in which provenance names them."""
+TAGGED = ("pos", "synonym")
+"""Operators that need parts of speech."""
+LISTED = ("neighbour",)
+"""Operators that take the nearest so many candidates."""
+FOLDERS = {"synonym": "wordnet", "neighbour": "word_table"}
+"""Operators that need files, and the option that names them."""
+
+PROBABILITIES = {
+    "mask": 0.1,
+    "pos": 0.1,
+    "synonym": 0.1,
+    "neighbour": 0.1,
+    "delete": 0.1,
+    "swap": 0.1,
+    "ngram": 0.25,
+    "exchange": 0.5,
+}
+"""Of an operator that is asked for without one: as Tang et al. (2019) and Wei and Zou (2019) have them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Tang et al., 2019, as in the paper.
+    "tang": {"operators": ("mask", "pos", "ngram"), "num_variants": (20, 10), "pair_sides": "cycle"},
+    # castorini/d-bert, what its scripts do by default: no window; one side of a pair or both by a draw; a single text
+    # that keeps no word makes no variant.
+    "dbert-code": {
+        "operators": ("mask", "pos"),
+        "num_variants": (20, 20),
+        "pair_sides": "random",
+        "drop_all_changed": True,
+    },
+}
+"""Published settings; `num_variants` is for single texts and for pairs."""
+DEFAULTS: dict[str, Any] = {
+    "operators": ("mask", "pos", "ngram"),
+    "num_variants": (3, 3),
+    "pair_sides": "cycle",
+    "drop_all_changed": False,
+    "num_candidates": 15,
+}
