@@ -294,6 +294,19 @@ def test_ctrl_c_exits_130_with_one_line_that_says_how_it_goes_on(
         assert (out, err) == ("", f"interrupted: {note}\n")
 
 
+def test_ctrl_c_before_a_command_begins_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kd.cli.main", interrupted)
+    from kd.__main__ import main
+
+    assert main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_reader_of_stdout_that_has_gone_is_no_error(toys: None, tmp_path: Path) -> None:
     environment = toy_stages.install(tmp_path)
     process = start(environment, "make", "--print-config")
