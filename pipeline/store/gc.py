@@ -103,6 +103,13 @@ def collect_garbage(
         views, damaged = read_views(files, store.store_digest)
         problems += [*contradictions, *damaged, *lost_shards(views, catalogue.num_shards)]
         require_none([*problems, *_lost_rows(store, catalogue)], store.url)
+        for view in kept:
+            if max(view.shards, default=-1) >= catalogue.num_shards:
+                raise RefusedError(
+                    f"view {view.places[0][0]} has rows in shard {max(view.shards)}, and store {store.url} has "
+                    f"{catalogue.num_shards} shards",
+                    fix="give views of this store, not of one that began as its copy",
+                )
         garbage = _find(store, catalogue, [*views, *kept])
         if not delete:
             return garbage

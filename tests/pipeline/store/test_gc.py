@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kd.pipeline.artifact import write_manifest
@@ -206,3 +208,13 @@ def test_a_file_that_a_view_needs_stays_when_its_record_is_gone(store: TeacherSt
     said = collect_garbage(open_store(store.url), delete=True)
     assert said.unrecorded == ("logits/c/2/0",) and Path(store.url, "logits/c/2/0").exists()
     assert "hidden.cls/02/c/2/0" in {name for name, _ in said.leftovers}
+
+
+def test_a_view_of_a_store_that_began_as_a_copy_is_not_entered(store: TeacherStore, tmp_path: Path) -> None:
+    (tmp_path / "twin").mkdir()
+    pq.write_table(pa.table({"row": pa.array([0, 99 * 8], pa.int64())}), tmp_path / "twin/examples.parquet")
+    content = {"store_digest": store.store_digest, "signals": ["logits"], "corpus": {}}
+    write_manifest(tmp_path / "twin", {"kind": "view", "fingerprint": "ab" * 16, "content": content})
+    with pytest.raises(RefusedError, match=r"rows in shard 99, and store .* has 5 shards"):
+        collect_garbage(store, keep_views=[tmp_path / "twin"], delete=True)
+    assert store.views() == []
