@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
+from multiprocessing import resource_tracker
 from typing import Any, Generic, Protocol, TypeVar
 
 from .errors import KdError, RefusedError, UsageError, near_match
@@ -328,15 +330,34 @@ def _local_cluster(workers: int, worker_env: Sequence[Mapping[str, str]]) -> Ite
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
     }
-    with dask.config.set(settings):
-        cluster = SpecCluster(
-            workers={index: {"cls": Nanny, "options": own} for index, own in enumerate(options)},
-            scheduler={"cls": Scheduler, "options": scheduler},
-            silence_logs=logging.CRITICAL,
-        )
-        try:
-            yield cluster
-        finally:
-            # A worker that dies and starts anew just now can keep its nanny from ever ending.
-            with contextlib.suppress(TimeoutError):
-                cluster.close(timeout=CLOSE_S)
+    with dask.config.set(settings), contextlib.ExitStack() as stack:
+        with _interrupts_held():
+            cluster = SpecCluster(
+                workers={index: {"cls": Nanny, "options": own} for index, own in enumerate(options)},
+                scheduler={"cls": Scheduler, "options": scheduler},
+                silence_logs=logging.CRITICAL,
+            )
+            stack.callback(_close, cluster)
+        yield cluster
+
+
+def _close(cluster: Any) -> None:
+    # A worker that dies and starts anew just now can keep its nanny from ever ending.
+    with contextlib.suppress(TimeoutError):
+        cluster.close(timeout=CLOSE_S)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; threads and processes that begin in it never see it.
+
+    A terminal sends it to workers too, which would each die with a traceback, as would dask over a cluster that is half
+    begun. Whoever began them ends them.
+    """
+    # It is started with the first process otherwise, and lets interrupts through again in the thread that starts it.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

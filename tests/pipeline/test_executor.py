@@ -60,6 +60,7 @@ class Square:
             "pid": os.getpid(),
             "threads": {name: os.environ.get(name) for name in thread_environment(1)},
             "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "interrupts": signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []),
         }
 
     def tries(self, shard: int) -> int:
@@ -234,6 +235,9 @@ def test_own_workers_have_their_share_of_threads_and_their_own_environment(tmp_p
     records = [outcome.record for outcome in outcomes if outcome.record is not None]
     assert all(record["threads"] == thread_environment(2) for record in records)
     assert {record["device"] for record in records} == {"7", "9"}
+    # Ctrl-C in a terminal goes to all processes: the one that began the workers ends them.
+    assert not any(record["interrupts"] for record in records)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_shards_do_not_wait_for_ever_for_workers_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
