@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..pipeline.errors import VerificationError
 from ..pipeline.store.keys import Keys
 
 MASKED, REPLACED = 0.8, 0.1
@@ -80,9 +81,24 @@ class Masking:
 
     @classmethod
     def from_capture(cls, capture: Mapping[str, Any]) -> Masking | None:
-        """That of a store, from the `capture` of its identity; None where texts were read as they are."""
-        fields = capture.get("masking")
-        return None if fields is None else cls(**{**fields, "special_ids": tuple(fields["special_ids"])})
+        """That of a store, from the `capture` of its identity; None where texts were read as they are.
+
+        Raises:
+            VerificationError: what stands there masks nothing as kd does.
+        """
+        if "masking" not in capture:
+            return None
+        fields = capture["masking"]
+        try:
+            made = cls(**{**fields, "special_ids": tuple(fields["special_ids"])})
+            ids = (made.mask_token_id, made.vocabulary - 1, *made.special_ids)
+            if not all(type(number) is int for number in (made.seed, *ids)) or not 0 <= min(ids) <= max(ids) < 1 << 31:
+                raise ValueError("its ids are not ids")
+            if not 0 < made.share < 1 or made.slots != max(1, _rounded(made.share * capture["max_length"])):
+                raise ValueError("its share and slots do not belong together")
+        except (TypeError, KeyError, ValueError) as error:
+            raise VerificationError(f"the store's identity does not say how its rows are masked: {error!r}") from None
+        return made
 
     def alike(self, other: Masking) -> bool:
         """Whether rows of both can share a batch: all but the seed is equal."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kd.pipeline.errors import VerificationError
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.store.keys import row_keys
 from kd.stages.masking import NO_LABEL, NOTHING, MaskedRows, Masking
@@ -89,6 +91,21 @@ def test_rows_without_words_and_batches_of_such_rows_ask_for_nothing() -> None:
 
 
 def test_a_store_keeps_it_and_views_of_other_seeds_are_alike() -> None:
-    assert Masking.from_capture({"masking": MASKING.to_json()}) == MASKING
+    assert Masking.from_capture({"max_length": 64, "masking": MASKING.to_json()}) == MASKING
     assert Masking.from_capture({}) is None
     assert MASKING.alike(replace(MASKING, seed=5)) and not MASKING.alike(replace(MASKING, share=0.2))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        5, {"special_ids": 3}, {"special_ids": ["x"]}, {"slots": 1 << 30}, {"share": "x"}, {"share": float("nan")},
+        {"vocabulary": 0}, {"seed": 0.5}, {"mask_token_id": -1}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_an_identity_that_was_forged_is_refused(edit: Any) -> None:
+    """Tracebacks in most of these, and memory for a billion slots in one."""
+    capture = {"max_length": 64, "masking": MASKING.to_json()}
+    assert Masking.from_capture(capture) == MASKING
+    with pytest.raises(VerificationError, match="how its rows are masked"):
+        Masking.from_capture(capture | {"masking": MASKING.to_json() | edit if isinstance(edit, dict) else edit})
