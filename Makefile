@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # again: twice the time to start, in hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-BENCHMARKS := capture read train scale write verify startup
+BENCHMARKS := augment capture read train scale write verify startup
 
 .PHONY: quickstart test faults check bench bench-quick docs clean
 

@@ -41,7 +41,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RefusedError(
             f"the tokenizer of {folder} cannot be opened", details=[(str(error).splitlines() or [""])[0][:200]]
@@ -54,7 +54,7 @@ def load_word_table(folder: str | Path) -> tuple[npt.NDArray[np.float32], Any]:
 
     tokenizer = load_tokenizer(folder)
     try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RefusedError(
             f"the checkpoint {folder} cannot be opened", details=[(str(error).splitlines() or [""])[0][:200]]
