@@ -38,6 +38,12 @@ class Evaluate(Stage):
     batch_size: int = option(32, help="Rows per forward pass.", identity=False)
     device: str | None = option(None, help="Where to run; a GPU where there is one.", identity=False)
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_length", 3)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+
     def run(self, context: StageContext) -> StageResult:
         """Predict every row and score those with a label."""
         import numpy as np

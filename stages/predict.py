@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ..pipeline.artifact import read_manifest
-from ..pipeline.errors import RefusedError, near_match
+from ..pipeline.errors import RefusedError, UsageError, near_match
 from ..pipeline.stage import UNFINISHED, NullProgress, Progress
-from .cache_teacher.teacher import OFFSET_POSITIONS, TASK_OF_PROBLEM
+from .cache_teacher.teacher import TASK_OF_PROBLEM, max_positions, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,12 +180,14 @@ def load_predictor(
         finished: refuse an artifact that is not; the stage that is making it says False.
 
     Raises:
+        UsageError: no such device, or a length that the model has no positions for.
         RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    device = resolve_device(device)
     folder = Path(path).expanduser()
     manifest = _manifest_of(path, folder, finished)
     _register_students(folder)
@@ -222,10 +224,15 @@ def load_predictor(
         raise RefusedError(
             f"model {path}: id2label of its config.json names {len(names)} of {config.num_labels} labels"
         )
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    positions = max_positions(config)
+    if max_length is not None and positions is not None and max_length > positions:
+        raise UsageError(
+            f"--max-length is {max_length}; {path} takes {positions} tokens at most",
+            fix=f"give --max-length {positions} or less",
+        )
     return Predictor(
         path=folder if folder.is_dir() else Path(path),
-        model=model.eval().requires_grad_(False).to(target),
+        model=model.eval().requires_grad_(False).to(device),
         tokenizer=tokenizer,
         task=task,
         label_names=() if task == "regression" else tuple(names[index] for index in range(config.num_labels)),
@@ -236,11 +243,9 @@ def load_predictor(
 
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input in tokens that model and tokenizer take; 512 where neither sets a limit."""
-    positions = getattr(config, "max_position_embeddings", None)
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < WITHOUT_LIMIT else []
-    if isinstance(positions, int) and positions > 0:
-        offset = (config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0
-        limits.append(positions - offset)
+    if (positions := max_positions(config)) is not None:
+        limits.append(positions)
     return int(min(limits, default=DEFAULT_LENGTH))
 
 

@@ -121,8 +121,13 @@ class TrainingOptions(Stage):
             self._require(name, lambda value: 0 <= value < 1, "from 0 to below 1")
         if self.bf16 and self.fp16:
             raise UsageError("--bf16 and --fp16 exclude each other", fix="give one of them")
-        if self.resume_from_checkpoint is not None and not Path(self.resume_from_checkpoint).is_dir():
-            raise RefusedError(f"--resume-from-checkpoint {self.resume_from_checkpoint}: no such folder")
+        if self.resume_from_checkpoint is not None and not _is_complete(Path(self.resume_from_checkpoint)):
+            there = Path(self.resume_from_checkpoint).is_dir()
+            raise RefusedError(
+                f"--resume-from-checkpoint {self.resume_from_checkpoint}: "
+                + ("not a complete checkpoint of a training" if there else "no such folder"),
+                fix=f"give a folder {CHECKPOINTS}/checkpoint-N of the run",
+            )
         if has_eval:
             return
         for name in (
@@ -160,6 +165,7 @@ class TrainingOptions(Stage):
         """
         import torch
         from transformers import TrainingArguments
+        from transformers.integrations import get_reporting_integration_callbacks
 
         given = {
             f.name: getattr(self, f.name)
@@ -193,9 +199,13 @@ class TrainingOptions(Stage):
         if values.get("max_steps", -1) > 0:
             values.setdefault("num_train_epochs", 1.0)
         try:
-            return TrainingArguments(output_dir=str(output_dir), **values)
-        except ValueError as error:
+            arguments = TrainingArguments(output_dir=str(output_dir), **values)
+            # Refused here, and not after the model has been loaded.
+            for reporter in get_reporting_integration_callbacks(arguments.report_to):
+                reporter()
+        except (ValueError, RuntimeError) as error:
             raise UsageError(f"transformers refuses the training arguments: {error}") from None
+        return arguments
 
 
 def _flag(name: str) -> str:

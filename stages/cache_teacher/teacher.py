@@ -187,12 +187,9 @@ class Teacher:
     @property
     def max_tokens(self) -> int:
         """The longest input it accepts, in tokens."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        limits = [int(self.tokenizer.model_max_length)]
-        if isinstance(positions, int) and positions > 0:
-            offset = (self.config.pad_token_id or 0) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
-            limits.append(positions - offset)
-        return min(limits)
+        longest = int(self.tokenizer.model_max_length)
+        positions = max_positions(self.config)
+        return longest if positions is None else min(longest, positions)
 
     @property
     def model_class(self) -> Any:
@@ -320,6 +317,14 @@ def describe_teacher(source: str, *, trust_remote_code: bool = False) -> Teacher
     if has_head and problem is not None and problem not in TASK_OF_PROBLEM:
         raise RefusedError(f"teacher {source}: unknown problem_type {problem!r}{near_match(problem, TASK_OF_PROBLEM)}")
     return Teacher(source, folder, config, tokenizer, has_head, trust_remote_code)
+
+
+def max_positions(config: Any) -> int | None:
+    """The tokens that a model has positions for; None where it sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    return positions - ((config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
 
 
 def resolve_device(name: str | None) -> str:

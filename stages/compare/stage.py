@@ -11,6 +11,7 @@ from ...pipeline.errors import RefusedError, UsageError
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
+from ..corpus.source import TASKS
 
 if TYPE_CHECKING:
     from ..corpus import Corpus
@@ -61,12 +62,21 @@ class Compare(Stage):
             raise UsageError("compare needs at least one run", fix="kd compare RUN... --output-dir DIR")
         if self.bootstrap_samples < 100:
             raise UsageError(f"--bootstrap-samples is {self.bootstrap_samples}; expected 100 or more")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size is {self.batch_size}; expected 1 or more")
         if self.latency_texts < 0:
             raise UsageError(f"--latency-texts is {self.latency_texts}; expected 0 or more")
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of runs, teacher and split; refuses what cannot be compared."""
-        found = {"runs": fingerprint([open_artifact(run, kind="run").fingerprint for run in self.runs])}
+        runs = [open_artifact(run, kind="run") for run in self.runs]
+        for run in runs:
+            if run.content["task"] not in TASKS:
+                raise RefusedError(
+                    f"{run.path} was trained without labels: it predicts nothing that a split could be scored by",
+                    fix=f"kd train-student --student {run.path} --view VIEW, and compare what comes of that",
+                )
+        found = {"runs": fingerprint([run.fingerprint for run in runs])}
         if self.teacher is not None:
             found["teacher"] = _teacher_fingerprint(self.teacher)
         found["dataset"] = self.read_split().fingerprint

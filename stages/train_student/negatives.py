@@ -12,7 +12,7 @@ from .rows import Rows
 
 
 class NegativeRows:
-    """Signals of rows drawn at random for a step: from seed and step alone, so alike on all ranks and after a resume.
+    """Signals of rows drawn at random for a step: from seed, phase and step alone, so alike on all ranks and resumes.
 
     Args:
         rows: with the signals.
@@ -29,7 +29,7 @@ class NegativeRows:
     def drawn(self, step: int, device: torch.device | str) -> Mapping[str, torch.Tensor]:
         """Signals of one entry per row, [K, ...] by name; those of a step's forward passes are the same."""
         if step != self._step:
-            generator = np.random.default_rng((0x6E6567, self._order.seed, step))
+            generator = np.random.default_rng((0x6E6567, self._order.seed, step, self._order.first_epoch))
             places = generator.choice(len(self._order.rows), self._count, replace=False)
             found = self._rows.sentence_signals(np.sort(self._order.rows[places]))
             self._drawn = {name: values.to(device) for name, values in found.items()}

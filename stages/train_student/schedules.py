@@ -69,6 +69,10 @@ class Annealing(Schedule):
     end: float
     stages: int = 0
 
+    def __post_init__(self) -> None:
+        if self.stages < 0:
+            raise UsageError(f"option 'stages' of schedule 'annealing' is {self.stages}; expected 0 or more")
+
     def at(self, step: int, num_steps: int) -> float:
         stages = self.stages or round(abs(self.start - self.end)) + 1
         stage = min(step * stages // max(num_steps, 1), stages - 1)

@@ -45,7 +45,8 @@ class Distillation(nn.Module):
         derivation: of signals that the batches do not hold; None where they hold all.
 
     Attributes:
-        seed, epoch: of the run and the step, set by the trainer: what methods draw from.
+        seed, epoch: of the run and the step, set by the trainer: what methods draw from. Epochs go on from phase to
+            phase.
     """
 
     # Otherwise the Trainer takes the loss for a sum over tokens and does not divide it by the accumulated passes.
@@ -231,7 +232,8 @@ class StudentTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted loss of a batch; its terms are kept for the log."""
-        self.distillation.epoch = self.state.global_step // self.loader.order.steps_per_epoch
+        order = self.loader.order
+        self.distillation.epoch = order.first_epoch + self.state.global_step // order.steps_per_epoch
         if self._negatives is not None:
             inputs = {**inputs, "negatives": self._negatives.drawn(self.state.global_step, self.args.device)}
         outputs = model(**inputs)

@@ -24,6 +24,7 @@ from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.stage import StageContext, StageResult
 from ...pipeline.store.scratch import blocks, column
+from ..cache_teacher.teacher import max_positions
 from ..cache_teacher.tokenize import encode
 from ..corpus.corpus import Corpus
 from ..derivation import derivation_of
@@ -162,6 +163,12 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         tokens: TokenSource = StoredTokens(stored)
     else:
         tokens = _tokenized(tokenizer, prepared.corpora, prepared)
+    longest, limit = int(tokens.lengths.max(initial=0)), max_positions(model.config)
+    if limit is not None and longest > limit:
+        raise RefusedError(
+            f"student {prepared.stage.student!r} takes {limit} tokens at most, and the longest row has {longest}",
+            fix=f"another student, or cache the corpus again with --max-length {limit}",
+        )
     with_segments = prepared.task.pair and _takes_segments(model, tokenizer)
     rows = Rows(
         tokens=tokens,

@@ -91,6 +91,20 @@ def test_another_metric_may_come_first_and_an_unknown_one_lists_near_matches(tin
         evaluate(tiny_teacher, judged, metric="macrof1")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0; expected 1 or more"),
+        ({"max_length": -1}, "--max-length is -1; expected 3 or more"),
+        ({"max_length": 9999}, "--max-length is 9999;.* takes 64 tokens at most"),
+        ({"device": "cpuu"}, "unknown device 'cpuu'.*did you mean 'cpu'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tiny_teacher, judged, fields: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        evaluate(tiny_teacher, judged, **fields)
+
+
 def test_the_report_shows_model_and_teacher_side_by_side(tiny_teacher, judged) -> None:
     stage = Evaluate(model=str(tiny_teacher), dataset=str(judged), teacher=str(tiny_teacher), **COLUMNS)
     text = stage.report(execute(stage).summary)

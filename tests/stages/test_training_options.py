@@ -35,6 +35,8 @@ def test_checkpoints_follow_the_evaluations_that_the_user_asks_for() -> None:
 def test_what_transformers_refuses_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="SchedulerType"):
         TrainingOptions(lr_scheduler_type="liner").training_arguments(output_dir="x", has_eval=False)
+    with pytest.raises(UsageError, match="wandbb is not supported"):
+        TrainingOptions(report_to="wandbb").training_arguments(output_dir="x", has_eval=False)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,11 @@ def test_values_that_cannot_work_are_refused_before_anything_loads(options: dict
         TrainingOptions(**options).check_training_options(has_eval=False)
 
 
-def test_a_checkpoint_folder_that_is_not_there_is_refused() -> None:
+def test_a_checkpoint_folder_that_is_not_there_or_not_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="no such folder"):
         TrainingOptions(resume_from_checkpoint="nowhere").check_training_options(has_eval=False)
+    with pytest.raises(RefusedError, match="not a complete checkpoint"):
+        TrainingOptions(resume_from_checkpoint=str(tmp_path)).check_training_options(has_eval=False)
 
 
 def test_a_checkpoint_that_was_being_written_when_it_was_killed_is_passed_over(tmp_path: Path) -> None:

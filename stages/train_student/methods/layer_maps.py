@@ -28,7 +28,7 @@ def layer_pairs(
         first: the lowest layer that pairs may name: 1 where embeddings have nothing of the kind.
 
     Raises:
-        UsageError: not of that form, or a layer that a model does not have.
+        UsageError: not of that form, a pair that is named twice, or a layer that a model does not have.
     """
     num_student, num_teacher = shapes.student_layers, shapes.teacher_layers
     top = num_student if with_last else num_student - 1
@@ -51,6 +51,8 @@ def layer_pairs(
         if not (student.isdecimal() and teacher.isdecimal()):
             raise UsageError(f"{where} is {text!r}; expected {PAIRS}")
         pairs.append((int(student), int(teacher)))
+    if len({*pairs}) < len(pairs):
+        raise UsageError(f"{where} is {text!r}, which names a pair twice", fix="a weight makes it count more")
     _check_layers([student for student, _ in pairs], num_student, "student", where, first)
     _check_layers([teacher for _, teacher in pairs], num_teacher, "teacher", where, first)
     return tuple(pairs)
@@ -67,7 +69,7 @@ def layer_groups(text: str, shapes: Shapes, *, where: str) -> tuple[tuple[int, t
     - `1-1.2.3+2-4.5.6` names groups student-teachers, layer 0 included.
 
     Raises:
-        UsageError: not of that form, or a layer that a model does not have.
+        UsageError: not of that form, two groups of one student layer, or a layer that a model does not have.
     """
     num_student, num_teacher = shapes.student_layers, shapes.teacher_layers
     if text == "all":
@@ -95,6 +97,8 @@ def layer_groups(text: str, shapes: Shapes, *, where: str) -> tuple[tuple[int, t
         if not (student.isdecimal() and all(layer.isdecimal() for layer in layers)):
             raise UsageError(f"{where} is {text!r}; expected {GROUPS}")
         found.append((int(student), tuple(map(int, layers))))
+    if len({student for student, _ in found}) < len(found):
+        raise UsageError(f"{where} is {text!r}, which has two groups for a student layer", fix="put them into one")
     _check_layers([student for student, _ in found], num_student, "student", where, 0)
     _check_layers([layer for _, layers in found for layer in layers], num_teacher, "teacher", where, 0)
     return tuple(found)

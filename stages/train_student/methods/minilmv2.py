@@ -61,6 +61,8 @@ class MiniLmV2(Method):
                     fix="relations=q-q+k-k+v-v",
                 )
             found.append((first, second))
+        if len({*found}) < len(found):
+            raise UsageError(f"option 'relations' of method 'minilmv2' is {self.relations!r}, which names a pair twice")
         return tuple(found)
 
     def _pair(self, shapes: Shapes) -> tuple[int, int]:

@@ -223,6 +223,21 @@ class Student(ABC):
     training: ClassVar[Mapping[str, Any]] = {}
     """`TrainingArguments` it does well with, for what the user leaves open."""
 
+    def require_sizes(self, **least: int) -> None:
+        """Refuse options below their least value, and a dropout that is no share; a student calls it when it is made.
+
+        Raises:
+            UsageError: naming the option and its value.
+        """
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UsageError(
+                    f"option {name!r} of student {self.name!r} is {getattr(self, name)}; expected {value} or more"
+                )
+        dropout: float = getattr(self, "dropout", 0.0)
+        if not 0 <= dropout < 1:
+            raise UsageError(f"option 'dropout' of student {self.name!r} is {dropout:g}; expected 0 to below 1")
+
     def reads_teacher_tokens(self, teacher: TeacherFacts) -> bool:
         """Whether its input is the token ids that the teacher read, as the store keeps them."""
         return True

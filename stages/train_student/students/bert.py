@@ -52,6 +52,9 @@ class Bert(Student):
     intermediate_size: int = 0
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        self.require_sizes(num_layers=0, hidden_size=0, heads=0, intermediate_size=0)
+
     def _num_layers(self, start: Start) -> int:
         return self.num_layers or len(start.layers) or 3
 

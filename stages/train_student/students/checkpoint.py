@@ -107,14 +107,23 @@ class Checkpoint(Student):
         return self.tokenizer
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
-        model, info = task.auto_class.from_pretrained(
-            self.path,
-            dtype="float32",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **task.config_fields(),
-        )
+        from safetensors import SafetensorError
+
+        try:
+            model, info = task.auto_class.from_pretrained(
+                self.path,
+                dtype="float32",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **task.config_fields(),
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RefusedError(
+                f"student {self.path!r} cannot be opened with {task.auto_class.__name__}",
+                details=[str(error).splitlines()[0][:300]],
+                fix="give a text encoder whose weights are in the folder",
+            ) from error
         mismatched = {str(entry[0]) for entry in info["mismatched_keys"]}
         return Build(model, {"tensors_made_anew": sorted({*info["missing_keys"], *mismatched})})
 

@@ -53,6 +53,10 @@ class MobileBert(Student):
     normalization: Literal["layer_norm", "no_norm"] = "layer_norm"
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        self.require_sizes(hidden_size=0, intermediate_size=0, num_layers=1, bottleneck_size=1, embedding_size=1)
+        self.require_sizes(heads=1, num_ffn=1)
+
     @property
     def refuses_float16(self) -> bool:
         return True

@@ -160,6 +160,14 @@ def test_what_is_no_run_is_refused_before_any_model_loads(tiny_teacher, judged, 
         stage([str(tiny_teacher)], judged, tmp_path).inputs()
     with pytest.raises(UsageError, match="at least one run"):
         stage([], judged, tmp_path)
+    with pytest.raises(UsageError, match="--batch-size is 0; expected 1 or more"):
+        stage(["run"], judged, tmp_path, batch_size=0)
+
+
+def test_a_student_of_text_without_labels_is_refused(make_run, judged, tmp_path) -> None:
+    general = make_run(tmp_path / "general", task="masked-lm", label_names=())
+    with pytest.raises(RefusedError, match=r"general was trained without labels.*fix: kd train-student --student"):
+        stage([str(general)], judged, tmp_path).inputs()
 
 
 def test_a_split_without_labels_is_refused(runs, write_rows, sentences, tmp_path) -> None:

@@ -59,7 +59,7 @@ def test_more_negatives_than_rows_are_all_rows() -> None:
     assert numbers(drawn) == [*range(100, 150)]
 
 
-def test_a_training_draws_rows_for_every_step_and_layers_for_every_epoch(
+def test_a_training_in_phases_draws_rows_for_every_step_and_layers_for_every_epoch(
     view: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     seen: list[tuple[int, int, bytes]] = []
@@ -71,17 +71,21 @@ def test_a_training_draws_rows_for_every_step_and_layers_for_every_epoch(
         return forward(self, **given)
 
     monkeypatch.setattr(Distillation, "forward", watching)
+    recipe = tmp_path / "recipe.yaml"
+    method = '"soft-target, rail-kd:size=4:final=true, codir:size=4:negatives=5:form=nce, fitnets"'
+    lines = [f"  - {{name: p{epochs}, method: {method}, num_train_epochs: {epochs}}}" for epochs in (1, 2)]
+    recipe.write_text("\n".join(["phases:", *lines]))
     stage = TrainStudent(
         view=(str(view.path),),
         student="bert:num_layers=2",
-        method=("soft-target", "rail-kd:size=4:final=true", "codir:size=4:negatives=5:form=nce", "fitnets"),
+        recipe=str(recipe),
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=40,
-        num_train_epochs=2,
         seed=11,
     )
     from kd.pipeline.stage import execute
 
     assert execute(stage).failure is None
-    assert [entry[:2] for entry in seen] == [(11, 0)] * 3 + [(11, 1)] * 3
-    assert len({negatives for *_, negatives in seen}) == 6
+    # A phase goes on with the epochs after those before it.
+    assert [entry[:2] for entry in seen] == [(11, epoch) for epoch in range(3) for _ in range(3)]
+    assert len({negatives for *_, negatives in seen}) == 9

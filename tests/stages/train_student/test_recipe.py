@@ -210,6 +210,10 @@ def test_parts_are_named_alone_or_with_a_comparison() -> None:
         ([{**KD, "trainable": [["head"]]}], ["trainable of phase 'kd'", "is not a text or a list of texts"]),
         ([{**KD, "method": "soft-target:temperature=nan"}], ["'nan'; expected a number"]),
         ([{**KD, "schedules": {"soft-target.weight": "annealing:start=inf:end=0"}}], ["'inf'; expected a number"]),
+        (
+            [{**KD, "schedules": {"soft-target.weight": "annealing:start=4:end=1:stages=-2"}}],
+            ["'stages' of schedule 'annealing' is -2; expected 0 or more"],
+        ),
         ([{**KD, "max_steps": 5}], ["phase 'kd' says twice how long it is"]),
         ([KD, {"name": "b", "method": "hard"}], ["phase 'kd' has a share, and phase 'b' has none"]),
         ([{"name": "kd", "method": "hard"}], ["no phase says how long it is"]),

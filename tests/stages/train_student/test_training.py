@@ -444,6 +444,27 @@ def test_every_student_trains_and_opens_again(
         assert type(plain) is type(loaded.model)
 
 
+@pytest.mark.parametrize(
+    ("config", "weights", "words"),
+    [
+        ({"max_position_embeddings": 6}, True, "takes 6 tokens at most, and the longest row has"),
+        ({}, False, "cannot be opened with AutoModelForSequenceClassification"),
+        ({"model_type": "vit"}, True, "cannot be opened with AutoModelForSequenceClassification"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trained_is_refused(
+    view: Any, tiny_teacher: Path, tmp_path: Path, config: dict[str, Any], weights: bool, words: str
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(tiny_teacher, student)
+    known = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(known | config))
+    if not weights:
+        (student / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(RefusedError, match=words):
+        train(view, tmp_path / "run", student=str(student))
+
+
 def test_a_checkpoint_is_a_student_too(view: Any, tiny_teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(view, run, student=str(tiny_teacher), method=("soft-target", "fitnets:0.1"))

@@ -72,6 +72,7 @@ def test_the_written_form_of_a_method_reads_back_as_itself(spec: str) -> None:
         ("soft-target:nan", "not a number above 0"),
         ("soft-target:0.5:0.5", "more than one weight"),
         ("logit-mse:reduction=sum", "expected one of sum_class, mean_all"),
+        ("minilmv2:relations=q-q+q-q", "names a pair twice"),
         ("pkd:normalize=maybe", "expected true or false"),
         ("soft-target,soft-target:2", "given twice"),
         ("soft-target:temperature", "the weight 'temperature'"),
@@ -119,6 +120,7 @@ def test_the_maps_of_the_pkd_paper() -> None:
         ("1", "expected skip, last, middle, final or pairs"),
         ("1-13", "layer 13 of the teacher, which has layers 0 to 12"),
         ("4-1", "layer 4 of the student, which has layers 0 to 3"),
+        ("1-2+1-2", "names a pair twice"),
     ],
 )
 def test_a_layer_that_does_not_exist_is_refused(text: str, words: str) -> None:
@@ -288,6 +290,7 @@ def test_every_student_block_has_a_group_of_blocks_that_exist(text: str, student
         ("1-1.x", "expected all, regular, overlap, cross, skip or groups"),
         ("1-13", "layer 13 of the teacher"),
         ("9-1", "layer 9 of the student"),
+        ("1-1+1-2.3", "two groups for a student layer"),
     ],
 )
 def test_a_group_that_cannot_be_is_refused(text: str, words: str) -> None:

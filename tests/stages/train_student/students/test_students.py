@@ -60,6 +60,9 @@ def build(
         ("bilstm:dropout=1", "expected 0 to below 1"),
         ("bilstm:300", "'300' in the student"),
         ("bert:num_layers=two", "expected a whole number"),
+        ("bert:num_layers=-1", "'num_layers' of student 'bert' is -1; expected 0 or more"),
+        ("bert:dropout=2", "'dropout' of student 'bert' is 2; expected 0 to below 1"),
+        ("mobilebert:heads=0", "'heads' of student 'mobilebert' is 0; expected 1 or more"),
     ],
 )
 def test_a_malformed_student_is_refused_with_help(text: str, words: str) -> None:
