@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import one_width, project, widths_at
+from .fit import hidden_signals, one_map, one_width, project, state_reads, widths_at
 from .layer_maps import layer_groups
 
 
@@ -49,18 +49,13 @@ class AlpKd(Method):
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         self._width(shapes)
-        layers = sorted({layer for _, group in self._groups(shapes) for layer in group})
-        return tuple(Signal(f"hidden.{self.at}", layer) for layer in layers)
+        return hidden_signals(self.at, sorted(layer for _, group in self._groups(shapes) for layer in group))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = "sentence" if self.at == "cls" else "mean"
-        return tuple(dict.fromkeys(f"{kind}@{layer}" for layer, _ in self._groups(shapes)))
+        return state_reads(self.at, (layer for layer, _ in self._groups(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        width = self._width(shapes)
-        if width == shapes.teacher_width:
-            return nn.ModuleDict()
-        return nn.ModuleDict({"linear": nn.Linear(width, shapes.teacher_width)})
+        return one_map(self._width(shapes), shapes)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
@@ -69,7 +64,7 @@ class AlpKd(Method):
         terms = {}
         for layer, group in groups:
             distance = losses.attended_mse(
-                project(projections, "linear", student.sentence_or_mean(self.at, layer)),
+                project(projections, "linear", student.states(self.at, layer)),
                 torch.stack([targets[Signal(f"hidden.{self.at}", other)] for other in group], dim=1),
                 scaled=self.scaled,
                 through_weights=self.through_weights,

@@ -109,9 +109,9 @@ class StudentOutputs:
         states_BTD = self.token_states[layer].masked_fill(~self.mask_BT[..., None], 0.0)
         return states_BTD.sum(1) / self.mask_BT.sum(1, keepdim=True).clamp(min=1)
 
-    def sentence_or_mean(self, at: str, layer: int) -> Tensor:
-        """[B, D] of a layer: the sentence vector for "cls", the mean over true tokens for "mean"."""
-        return self.sentence(layer) if at == "cls" else self.mean(layer)
+    def states(self, at: str, layer: int) -> Tensor:
+        """What stands against `hidden.cls`, `hidden.mean` or `hidden.tok`: `sentence`, `mean` or `token` of a layer."""
+        return {"cls": self.sentence, "mean": self.mean, "tok": self.token}[at](layer)
 
     def score(self, layer: int) -> Tensor:
         """[B, H, T, T] attention scores of a block: scaled, unmasked, before any softmax; garbage at padding."""

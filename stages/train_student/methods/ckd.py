@@ -11,7 +11,7 @@ from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import over_tokens
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import project, widths_at
+from .fit import hidden_signals, project, state_reads, widths_at
 from .layer_maps import layer_groups
 
 
@@ -48,12 +48,10 @@ class Ckd(Method):
         return layer_groups(self.layer_map, shapes, where="option 'layer_map' of method 'ckd'")
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        layers = sorted({layer for _, group in self._groups(shapes) for layer in group})
-        return tuple(Signal(f"hidden.{self.at}", layer) for layer in layers)
+        return hidden_signals(self.at, sorted(layer for _, group in self._groups(shapes) for layer in group))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = {"tok": "token", "cls": "sentence", "mean": "mean"}[self.at]
-        return tuple(dict.fromkeys(f"{kind}@{layer}" for layer, _ in self._groups(shapes)))
+        return state_reads(self.at, (layer for layer, _ in self._groups(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
         maps = {}
@@ -67,7 +65,7 @@ class Ckd(Method):
     ) -> dict[str, Tensor]:
         terms = {}
         for layer, group in self._groups(shapes):
-            own = student.token(layer) if self.at == "tok" else student.sentence_or_mean(self.at, layer)
+            own = student.states(self.at, layer)
             teacher = losses.joined(
                 [targets[Signal(f"hidden.{self.at}", other)].detach() for other in group],
                 normalize=self.normalize == "layers",

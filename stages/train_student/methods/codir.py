@@ -13,7 +13,7 @@ from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import wide
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import project, widths_at
+from .fit import hidden_signals, project, state_reads, widths_at
 
 LOGITS = Signal("logits")
 
@@ -30,10 +30,10 @@ class CoDir(Method):
     stale. Here the raw vectors are in the store: `negatives` rows are drawn for every step, from seed and step, and
     mapped anew.
 
-    `negatives_from`: `other_class` counts only rows that the teacher puts into another class (not of regression);
-    `random` all, but for the row itself. `student_layers`: `all` blocks, or `1+3`; `teacher_layers`: `spread`, the
-    first block of every L / M (1, 3, 5, ... for 12 to 6), `all`, or `1+3+5`. `at`: `cls` as in the released code,
-    `mean` over tokens as in the paper. `temperature`: tau.
+    `negatives_from`: `other_class` counts only rows that the teacher puts into another class (of a task with one label
+    of several); `random` all, but for the row itself. `student_layers`: `all` blocks, or `1+3`; `teacher_layers`:
+    `spread`, the first block of every L / M (1, 3, 5, ... for 12 to 6), `all`, or `1+3+5`. `at`: `cls` as in the
+    released code, `mean` over tokens as in the paper. `temperature`: tau.
 
     Signals: `hidden.cls` or `hidden.mean` of those layers; `logits` for `other_class`. Student outputs: `sentence` or
     `mean`. Projections: `student`, `teacher`, always; with `nce` also the scale it fixes in the first step.
@@ -70,12 +70,11 @@ class CoDir(Method):
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         self._student_layers(shapes)
-        states = (Signal(f"hidden.{self.at}", layer) for layer in self._teacher_layers(shapes))
+        states = hidden_signals(self.at, self._teacher_layers(shapes))
         return (*states, *((LOGITS,) if self._told_apart(shapes) else ()))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = "sentence" if self.at == "cls" else "mean"
-        return tuple(f"{kind}@{layer}" for layer in self._student_layers(shapes))
+        return state_reads(self.at, self._student_layers(shapes))
 
     def num_negatives(self, shapes: Shapes) -> int:
         return self.negatives
@@ -93,9 +92,7 @@ class CoDir(Method):
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
-        own = losses.joined(
-            [student.sentence_or_mean(self.at, layer) for layer in self._student_layers(shapes)], normalize=False
-        )
+        own = losses.joined([student.states(self.at, m) for m in self._student_layers(shapes)], normalize=False)
         names = [str(Signal(f"hidden.{self.at}", layer)) for layer in self._teacher_layers(shapes)]
         positive, negative = (
             losses.joined([signals[name].detach() for name in names], normalize=False)

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
+from ..losses.reduce import Pooling
 from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
-from .fit import project, widths_at
+from .fit import hidden_signals, map_per_pair, project, state_reads, widths_at
 from .layer_maps import layer_pairs
+
+OF_MASKED = Signal("mlm.hidden")
 
 
 @methods.register("distilbert")
@@ -48,44 +51,28 @@ class DistilBert(Method):
                 raise Unfit("option 'at=mask' of method 'distilbert' is for masked text", fix="distilbert:at=tok")
             if any(teacher != shapes.teacher_layers for _, teacher in self._pairs(shapes)):
                 raise UsageError("option 'at=mask' of method 'distilbert' is for the teacher's last layer alone")
-        return tuple(dict.fromkeys(self._signal(teacher) for _, teacher in self._pairs(shapes)))
-
-    def _signal(self, layer: int) -> Signal:
-        return Signal("mlm.hidden") if self.at == "mask" else Signal(f"hidden.{self.at}", layer)
+            return (OF_MASKED,)
+        return hidden_signals(self.at, (teacher for _, teacher in self._pairs(shapes)))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = {"tok": "token", "mask": "token", "cls": "sentence", "mean": "mean"}[self.at]
-        return tuple(dict.fromkeys(f"{kind}@{student}" for student, _ in self._pairs(shapes)))
+        return state_reads("tok" if self.at == "mask" else self.at, (student for student, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        widths = widths_at(self.at, shapes)
-        return nn.ModuleDict(
-            {
-                f"{student}-{teacher}": nn.Linear(widths[student], shapes.teacher_width, bias=False)
-                for student, teacher in self._pairs(shapes)
-                if widths[student] != shapes.teacher_width
-            }
-        )
+        return map_per_pair(self._pairs(shapes), widths_at(self.at, shapes), shapes, bias=False)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
+        pooling: Pooling = "kd" if self.reduction == "kd" else "token"
         terms = {}
         for own, other in self._pairs(shapes):
-            teacher = targets[self._signal(other)]
-            if self.at in ("tok", "mask"):
-                states, true = (
-                    (student.token(own), student.mask_BT)
-                    if self.at == "tok"
-                    else (student.masked(own), student.masked_BM)
-                )
-                terms[f"distilbert.{own}-{other}"] = losses.token_cosine(
-                    project(projections, f"{own}-{other}", states),
-                    teacher,
-                    true,
-                    pooling="kd" if self.reduction == "kd" else "token",
-                )
-            else:
-                vector_BD = project(projections, f"{own}-{other}", student.sentence_or_mean(self.at, own))
-                terms[f"distilbert.{own}-{other}"] = losses.vector_cosine(vector_BD, teacher)
+            masked = self.at == "mask"
+            teacher = targets[OF_MASKED if masked else Signal(f"hidden.{self.at}", other)]
+            states = student.masked(own) if masked else student.states(self.at, own)
+            states = project(projections, f"{own}-{other}", states)
+            terms[f"distilbert.{own}-{other}"] = (
+                losses.token_cosine(states, teacher, student.masked_BM if masked else student.mask_BT, pooling=pooling)
+                if self.at in ("tok", "mask")
+                else losses.vector_cosine(states, teacher)
+            )
         return terms

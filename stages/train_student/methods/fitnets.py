@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import project, widths_at
+from .fit import hidden_signals, map_per_pair, project, state_reads, widths_at
 from .layer_maps import layer_pairs
 
 
@@ -40,48 +40,30 @@ class FitNets(Method):
     def _pairs(self, shapes: Shapes) -> tuple[tuple[int, int], ...]:
         return layer_pairs(self.layer_map, shapes, where="option 'layer_map' of method 'fitnets'")
 
-    def _signal(self, teacher_layer: int) -> Signal:
-        return Signal(f"hidden.{self.at}", teacher_layer)
-
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        return tuple(dict.fromkeys(self._signal(teacher) for _, teacher in self._pairs(shapes)))
+        return hidden_signals(self.at, (teacher for _, teacher in self._pairs(shapes)))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = {"tok": "token", "cls": "sentence", "mean": "mean"}[self.at]
-        return tuple(dict.fromkeys(f"{kind}@{student}" for student, _ in self._pairs(shapes)))
+        return state_reads(self.at, (student for student, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        widths = widths_at(self.at, shapes)
-        return nn.ModuleDict(
-            {
-                f"{student}-{teacher}": nn.Linear(widths[student], shapes.teacher_width)
-                for student, teacher in self._pairs(shapes)
-                if widths[student] != shapes.teacher_width
-            }
-        )
+        return map_per_pair(self._pairs(shapes), widths_at(self.at, shapes), shapes)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         terms = {}
-        for student_layer, teacher_layer in self._pairs(shapes):
-            pair = f"{student_layer}-{teacher_layer}"
-            teacher = targets[self._signal(teacher_layer)]
-            if self.at == "tok":
-                states_BTD = project(projections, pair, student.token(student_layer))
-                if self.reduction == "official":
-                    distance = losses.half_squared_distance(states_BTD, teacher, student.mask_BT)
-                else:
-                    distance = losses.token_mse(states_BTD, teacher, student.mask_BT, pooling=self.reduction)
-            else:
-                vector_BD = project(projections, pair, student.sentence_or_mean(self.at, student_layer))
-                distance = losses.vector_distance(
-                    vector_BD,
-                    teacher,
-                    normalize=False,
-                    reduction="sum" if self.reduction == "official" else "mean",
-                )
-                if self.reduction == "official":
-                    distance = 0.5 * distance
-            terms[f"fitnets.{pair}"] = distance
+        for own, other in self._pairs(shapes):
+            states = project(projections, f"{own}-{other}", student.states(self.at, own))
+            teacher = targets[Signal(f"hidden.{self.at}", other)]
+            terms[f"fitnets.{own}-{other}"] = self._distance(states, teacher, student.mask_BT)
         return terms
+
+    def _distance(self, own: Tensor, teacher: Tensor, mask_BT: Tensor) -> Tensor:
+        if self.at == "tok":
+            if self.reduction == "official":
+                return losses.half_squared_distance(own, teacher, mask_BT)
+            return losses.token_mse(own, teacher, mask_BT, pooling=self.reduction)
+        if self.reduction == "official":
+            return 0.5 * losses.vector_distance(own, teacher, normalize=False, reduction="sum")
+        return losses.vector_distance(own, teacher, normalize=False, reduction="mean")

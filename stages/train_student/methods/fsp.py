@@ -13,7 +13,7 @@ from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
-from .fit import project
+from .fit import hidden_signals, project, state_reads
 from .layer_maps import layer_pairs
 
 
@@ -67,10 +67,10 @@ class Fsp(Method):
                 f"option 'proj_dim' of method 'fsp' is {self.proj_dim}, and the teacher's width {shapes.teacher_width}",
                 fix=f"at most {shapes.teacher_width}",
             )
-        return tuple(dict.fromkeys(Signal("hidden.tok", teacher) for _, teacher in self._points(shapes)))
+        return hidden_signals("tok", (teacher for _, teacher in self._points(shapes)))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f"token@{student}" for student, _ in self._points(shapes)))
+        return state_reads("tok", (student for student, _ in self._points(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
         maps: dict[str, nn.Module] = {

@@ -11,7 +11,7 @@ from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import project, require_same_heads
+from .fit import map_per_pair, project, require_same_heads
 from .layer_maps import layer_pairs
 
 
@@ -60,13 +60,8 @@ class IrKd(Method):
         return tuple(dict.fromkeys(f"{kind}@{layer}" for kind in kinds for layer, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        return nn.ModuleDict(
-            {
-                f"{own}-{other}": nn.Linear(shapes.sentence_widths[own], shapes.teacher_width, bias=False)
-                for own, other in self._pairs(shapes)
-                if self.cosine and shapes.sentence_widths[own] != shapes.teacher_width
-            }
-        )
+        pairs = self._pairs(shapes) if self.cosine else ()
+        return map_per_pair(pairs, shapes.sentence_widths, shapes, bias=False)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes

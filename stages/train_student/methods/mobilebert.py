@@ -13,7 +13,7 @@ from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import Pooling
 from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
-from .fit import one_width, project, require_same_heads
+from .fit import one_map, one_width, project, require_same_heads
 from .layer_maps import layer_pairs
 
 WEIGHTS = ("feature", "mean", "variance", "attention")
@@ -90,10 +90,7 @@ class MobileBertTransfer(Method):
         return tuple(dict.fromkeys(f"{kind}@{layer}" for kind in kinds for layer, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        width = self._width(shapes) if self._reads_states else shapes.teacher_width
-        if width == shapes.teacher_width:
-            return nn.ModuleDict()
-        return nn.ModuleDict({"linear": nn.Linear(width, shapes.teacher_width)})
+        return one_map(self._width(shapes), shapes) if self._reads_states else nn.ModuleDict()
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes

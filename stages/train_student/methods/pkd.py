@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
-from .fit import one_width, project
+from .fit import hidden_signals, one_map, one_width, project, state_reads
 from .layer_maps import layer_pairs
 
 
@@ -47,16 +47,13 @@ class Pkd(Method):
         return pairs
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        return tuple(dict.fromkeys(Signal("hidden.cls", teacher) for _, teacher in self._pairs(shapes)))
+        return hidden_signals("cls", (teacher for _, teacher in self._pairs(shapes)))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f"sentence@{student}" for student, _ in self._pairs(shapes)))
+        return state_reads("cls", (student for student, _ in self._pairs(shapes)))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
-        width = shapes.sentence_widths[self._pairs(shapes)[0][0]]
-        if width == shapes.teacher_width:
-            return nn.ModuleDict()
-        return nn.ModuleDict({"linear": nn.Linear(width, shapes.teacher_width, bias=False)})
+        return one_map(shapes.sentence_widths[self._pairs(shapes)[0][0]], shapes, bias=False)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes

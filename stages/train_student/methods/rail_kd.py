@@ -12,7 +12,7 @@ from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from .base import Method, Shapes, StudentOutputs, Targets, Unfit, methods
-from .fit import one_width, project, widths_at
+from .fit import hidden_signals, one_width, project, state_reads, widths_at
 
 
 @methods.register("rail-kd")
@@ -75,11 +75,10 @@ class RailKd(Method):
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         self._student_layers(shapes)
-        return tuple(Signal(f"hidden.{self.at}", layer) for layer in self._layers(shapes.teacher_layers))
+        return hidden_signals(self.at, self._layers(shapes.teacher_layers))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        kind = "mean" if self.at == "mean" else "sentence"
-        return tuple(f"{kind}@{layer}" for layer in self._student_layers(shapes))
+        return state_reads(self.at, self._student_layers(shapes))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
         layers = self._student_layers(shapes)
@@ -97,7 +96,7 @@ class RailKd(Method):
     ) -> dict[str, Tensor]:
         own, others = [], []
         for student_layer, teacher_layer in self.draw(targets.seed, targets.epoch, shapes):
-            own.append(student.sentence_or_mean(self.at, student_layer))
+            own.append(student.states(self.at, student_layer))
             others.append(targets[Signal(f"hidden.{self.at}", teacher_layer)].detach())
         if self.form == "joined":
             own, others = [losses.joined(own, normalize=False)], [losses.joined(others, normalize=False)]

@@ -12,7 +12,7 @@ from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import Pooling
 from .base import Method, Shapes, StudentOutputs, Targets, methods
-from .fit import one_width, project, require_same_heads
+from .fit import hidden_signals, one_width, project, require_same_heads, state_reads
 from .layer_maps import layer_pairs
 
 
@@ -72,13 +72,12 @@ class TinyBert(Method):
             require_same_heads(shapes, "tinybert", fix=f"{rest}, or the student's heads as the teacher's")
         if self._state_pairs(shapes):
             self._width(shapes)
-        scores = (Signal("attention.score", teacher) for _, teacher in self._score_pairs(shapes))
-        states = (Signal("hidden.tok", teacher) for _, teacher in self._state_pairs(shapes))
-        return tuple(dict.fromkeys((*scores, *states)))
+        scores = dict.fromkeys(Signal("attention.score", teacher) for _, teacher in self._score_pairs(shapes))
+        return (*scores, *hidden_signals("tok", (teacher for _, teacher in self._state_pairs(shapes))))
 
     def reads(self, shapes: Shapes) -> tuple[str, ...]:
-        scores = (f"score@{student}" for student, _ in self._score_pairs(shapes))
-        return tuple(dict.fromkeys((*scores, *(f"token@{student}" for student, _ in self._state_pairs(shapes)))))
+        scores = dict.fromkeys(f"score@{student}" for student, _ in self._score_pairs(shapes))
+        return (*scores, *state_reads("tok", (student for student, _ in self._state_pairs(shapes))))
 
     def projections(self, shapes: Shapes) -> nn.ModuleDict:
         if not self._state_pairs(shapes):
