@@ -48,10 +48,17 @@ class Evaluate(Stage):
         """Predict every row and score those with a label."""
         import numpy as np
 
+        from .cache_teacher.teacher import max_positions
         from .metrics import agreement, check_metric, main_metric, task_metrics
         from .predict import load_predictor
 
         model = load_predictor(self.model, device=self.device, max_length=self.max_length)
+        positions = max_positions(model.model.config)
+        if positions is not None and model.max_length > positions:
+            raise UsageError(
+                f"--max-length is {model.max_length}; {self.model} takes {positions} tokens at most",
+                fix=f"give --max-length {positions} or less",
+            )
         metric = check_metric(self.metric or main_metric(model.task), model.task, len(model.label_names))
         teacher = None if self.teacher is None else load_predictor(self.teacher, device=self.device)
         order = None if teacher is None else matching_columns(teacher, model)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..pipeline.artifact import read_manifest
-from ..pipeline.errors import RefusedError, UsageError, near_match
+from ..pipeline.errors import RefusedError, near_match
 from ..pipeline.stage import UNFINISHED, NullProgress, Progress
 from .cache_teacher.teacher import TASK_OF_PROBLEM, max_positions, resolve_device
 
@@ -102,13 +102,6 @@ class Predictor:
             self.model(**batch).logits.cpu()
         return time.perf_counter() - start
 
-    def latency(self, texts_a: Sequence[str], texts_b: Sequence[str] | None = None, *, repeats: int = 1) -> np.ndarray:
-        """Seconds of every single-example call, float64 [repeats * N], after as many warm-up calls (at most 10)."""
-        pairs = list(zip(texts_a, texts_b or [None] * len(texts_a), strict=True)) * repeats  # type: ignore[list-item]
-        for text_a, text_b in pairs[:10]:
-            self.seconds_for(text_a, text_b)
-        return np.array([self.seconds_for(text_a, text_b) for text_a, text_b in pairs])
-
     @property
     def num_parameters(self) -> int:
         """All parameters, shared ones once."""
@@ -180,7 +173,7 @@ def load_predictor(
         finished: refuse an artifact that is not; the stage that is making it says False.
 
     Raises:
-        UsageError: no such device, or a length that the model has no positions for.
+        UsageError: no such kind of device.
         RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
     """
     from safetensors import SafetensorError
@@ -223,12 +216,6 @@ def load_predictor(
     if {*names} != {*range(config.num_labels)}:
         raise RefusedError(
             f"model {path}: id2label of its config.json names {len(names)} of {config.num_labels} labels"
-        )
-    positions = max_positions(config)
-    if max_length is not None and positions is not None and max_length > positions:
-        raise UsageError(
-            f"--max-length is {max_length}; {path} takes {positions} tokens at most",
-            fix=f"give --max-length {positions} or less",
         )
     return Predictor(
         path=folder if folder.is_dir() else Path(path),

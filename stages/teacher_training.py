@@ -81,8 +81,12 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
     started = output_dir / START
     if checkpoint is not None and started.exists():
         head = json.loads(started.read_bytes())["head"]
-    elif has_trained_head or stage.head == "random":
-        head = "kept" if has_trained_head else "random"
+    elif has_trained_head and stage.head in ("auto", "random"):
+        head = "kept"
+        if stage.head == "random":
+            context.progress.warn("--head random: the checkpoint's head was trained for these very labels, and is kept")
+    elif stage.head == "random":
+        head = "random"
     else:
         wanted = stage.head
         if wanted == "auto" and (len(rows) >= FEW_ROWS or stage.freeze_encoder):

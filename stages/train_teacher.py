@@ -56,7 +56,8 @@ class TrainTeacher(TrainingOptions):
     head: str = option(
         "auto",
         help="Start of the head: random, fitted (to the frozen encoder), aligned (fitted, after the first token has "
-        "learned the mean of all tokens), or auto: aligned where left-out rows speak for it.",
+        "learned the mean of all tokens), or auto: the checkpoint's own, where it was trained for these very labels, "
+        "else aligned, where left-out rows speak for it.",
         panel=HEAD,
         choices=("auto", "aligned", "fitted", "random"),
     )

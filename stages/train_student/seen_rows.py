@@ -14,10 +14,10 @@ from torch.nn import functional
 class SeenRows(nn.Module):
     """Stands in for an `nn.Embedding` while only some of its rows can get a gradient.
 
-    A token that no training row holds gets no gradient, so Adam without weight decay never moves its row. Keeping
-    those rows out of the parameters gives the same training at the cost of the seen ones: gradient, norm, optimiser
-    and checkpoint of a BERT vocabulary over a few thousand sentences shrink about tenfold. The other rows are a
-    buffer outside the checkpoint; they are there in evaluation and in the export (`full`).
+    A token that no training row holds gets no gradient, so Adam never moves its row but by weight decay. Keeping those
+    rows out of the parameters gives the same training, with rows that are not seen left as they are, at the cost of the
+    seen ones: gradient, norm, optimiser and checkpoint of a BERT vocabulary over a few thousand sentences shrink about
+    tenfold. The other rows are a buffer outside the checkpoint, there in evaluation and in the export (`full`).
 
     Args:
         table: the embedding [V, D].

@@ -54,12 +54,6 @@ def test_parameters_and_bytes_are_those_of_the_model(tiny_teacher: Path) -> None
     assert model.num_bytes == (tiny_teacher / "model.safetensors").stat().st_size
 
 
-def test_latency_is_measured_per_call(tiny_teacher: Path, sentences: list[str]) -> None:
-    seconds = load_predictor(tiny_teacher).latency(sentences[:5], repeats=2)
-    assert seconds.shape == (10,)
-    assert (seconds > 0).all()
-
-
 def test_columns_are_matched_by_name(make_model, tmp_path: Path, sentences: list[str]) -> None:
     plain = load_predictor(make_model(tmp_path / "plain"))
     turned = load_predictor(make_model(tmp_path / "turned", names=("positive", "negative", "neutral")))

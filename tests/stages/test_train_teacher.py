@@ -131,6 +131,16 @@ def test_pairs_multi_label_and_regression_train(tiny_teacher, sentences, write_r
         assert outcome.summary["metrics"]
 
 
+def test_a_head_trained_for_these_labels_is_kept_unless_another_start_is_asked_for(
+    tiny_teacher, judged, tmp_path
+) -> None:
+    starts = {}
+    for head in ("auto", "fitted"):
+        outcome = execute(stage(tiny_teacher, judged, tmp_path / head, head=head, max_steps=1))
+        starts[head] = outcome.summary["training"]["head"]
+    assert starts == {"auto": "kept", "fitted": "fitted"}
+
+
 def test_a_fitted_head_is_the_optimum_of_its_penalised_loss() -> None:
     import torch
 

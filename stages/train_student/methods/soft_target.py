@@ -27,9 +27,9 @@ class SoftTarget(Method):
     for it. `flsw` above 0 gives each example of a batch a temperature of its own, lower where the student is further
     off: T + flsw (mean(w) - w_b) with w_b = (1 - cos(z_student, z_teacher))^flsw_gamma (Wen et al., arXiv 1911.07471).
 
-    Of masked text the student is a masked LM, and the distributions are those over the vocabulary at the masked tokens:
-    the mean over an example's, then over examples; `reduction=token` is one mean over all of the batch, as DistilBERT's
-    authors have it.
+    Of masked text the student is a masked LM, and the distributions are those over the vocabulary at the masked tokens
+    alone (`restrict_ce_to_mask` of DistilBERT's code, which by default takes all tokens): the mean over an example's,
+    then over examples; `reduction=token` is one mean over all of the batch, as that code has it.
 
     Signals: `logits`, or `mlm.logits` of masked text. Student outputs: `logits`. Projections: none.
     """
