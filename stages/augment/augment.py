@@ -78,7 +78,7 @@ class Augment(Stage):
 
     operators: tuple[str, ...] = option(
         (),
-        help="What changes a text: mask, pos, synonym, neighbour, delete, swap, ngram, and exchange for pairs; "
+        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram, and exchange for pairs; "
         "mask,pos,ngram or what the preset says. none only imports.",
         panel=_OPERATORS,
     )
@@ -100,6 +100,9 @@ class Augment(Stage):
     neighbour_probability: float | None = option(
         None, help="neighbour: a word becomes one near to it in --word-table; 0.1.", panel=_OPERATORS
     )
+    mlm_probability: float | None = option(
+        None, help="mlm: a word becomes what --masked-lm would say in its place; 0.4.", panel=_OPERATORS
+    )
     delete_probability: float | None = option(None, help="delete: a word is left out; 0.1.", panel=_OPERATORS)
     swap_probability: float | None = option(
         None, help="swap: a word trades places with another; 0.1.", panel=_OPERATORS
@@ -116,8 +119,9 @@ class Augment(Stage):
     word_table: str | None = option(
         None, help="neighbour: checkpoint whose word table is taken, such as the teacher.", panel=_OPERATORS
     )
+    masked_lm: str | None = option(None, help="mlm: checkpoint of a masked language model.", panel=_OPERATORS)
     num_candidates: int | None = option(
-        None, help="neighbour: words that a word is replaced from; 15.", panel=_OPERATORS
+        None, help="neighbour, mlm: words that a word is replaced from; 15.", panel=_OPERATORS
     )
     mask_token: str = option("[MASK]", help="The teacher's mask token.", panel=_OPERATORS, choices=("[MASK]", "<mask>"))
     keep_all_masked: bool = option(False, help="Keep variants in which every word is masked.", panel=_OPERATORS)
@@ -533,15 +537,21 @@ class Augment(Stage):
     def _list_candidates(self, plan: Plan, progress: Progress) -> None:
         """Write the candidates of the words, for the operators that replace words by such."""
         from .candidates import as_column
-        from .generate import pools_of, write_arrow
+        from .generate import PIECES, pools_of, write_arrow
 
-        makers = {"synonym": self._synonyms, "neighbour": self._neighbours}
+        makers = {"synonym": self._synonyms, "neighbour": self._neighbours, "mlm": self._neighbours_of_pieces}
         for name, make in makers.items():
-            file = plan.folder / f"{name}.arrow"
+            file = plan.folder / (PIECES if name == "mlm" else f"{name}.arrow")
             if self._uses(name) and not file.exists():
                 pools = pools_of(plan)
                 progress.info(f"{name}: looking up {len(pools.words)} words")
                 write_arrow(as_column(make(plan, pools)), file)
+        if self._uses("mlm"):
+            from .mlm import MlmJob
+
+            assert self.masked_lm is not None
+            job = MlmJob(plan, str(Path(self.masked_lm).resolve()), self.resolved["num_candidates"])
+            self._map(plan, "asking the masked LM", "mlm", job, progress)
 
     def _synonyms(self, plan: Plan, pools: Pools) -> list[list[str]]:
         from .synonym import synonym_lists
@@ -557,6 +567,15 @@ class Augment(Stage):
 
         assert self.word_table is not None
         return neighbour_lists(pools.words, *load_word_table(self.word_table), self.resolved["num_candidates"])
+
+    def _neighbours_of_pieces(self, plan: Plan, pools: Pools) -> list[list[str]]:
+        """Of the words that the masked LM has in several pieces."""
+        from .checkpoint import load_word_table
+        from .neighbour import neighbour_lists
+
+        assert self.masked_lm is not None
+        table_VH, tokenizer = load_word_table(self.masked_lm)
+        return neighbour_lists(pools.words, table_VH, tokenizer, self.resolved["num_candidates"], least_pieces=2)
 
 
 def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list[np.ndarray]]:

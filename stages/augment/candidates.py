@@ -20,15 +20,18 @@ class ReplaceByCandidate:
     A word without candidates stays.
 
     Attributes:
-        candidates: per word the numbers of the words that may stand for it.
+        candidates: per word, or per place of the corpus, the numbers of the words that may stand there.
+        by_place: whether `candidates` has a row per place and not per word.
     """
 
     candidates: Ragged
+    by_place: bool = False
 
     def replace(self, words: IntArray, places: IntArray, draws: FloatArray) -> IntArray:
         """A candidate of each word, or the word."""
         replaced = words.copy()
-        starts, ends = self.candidates.offsets[words], self.candidates.offsets[words + 1]
+        rows = places if self.by_place else words
+        starts, ends = self.candidates.offsets[rows], self.candidates.offsets[rows + 1]
         some = ends > starts
         chosen = starts[some] + (draws[some] * (ends - starts)[some]).astype(np.int64)
         replaced[some] = self.candidates.values[chosen]

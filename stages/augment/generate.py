@@ -6,7 +6,8 @@ stays done when the run is killed:
 - `originals.arrow`: the originals, in the schema of a corpus; `forbidden.bin`: 16-byte keys of texts to avoid;
 - `words-<chunk>.arrow`: the words of every row and text, as numbers of the chunk's `counts-<chunk>.arrow`, which says
   how often each word had which part of speech;
-- `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus;
+- `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus; `pieces.arrow`: of those that a masked LM
+  has in several pieces; `mlm-<chunk>.arrow`: of every place;
 - `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata.
 """
 
@@ -41,6 +42,7 @@ from .words import split_words
 
 ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
+PIECES = "pieces.arrow"
 KEY_COLUMN = "text_key"
 WORDS_PER_BATCH = 1 << 17
 """Words of variants made at once: what is worked on stays in the caches of the processor."""
@@ -88,7 +90,7 @@ class Plan:
         return -(-self.num_rows // self.rows_per_chunk)
 
     def file(self, kind: str, chunk: int) -> Path:
-        """The file of a chunk: kind is "words", "counts" or "variants"."""
+        """The file of a chunk: kind is "words", "counts", "mlm" or "variants"."""
         return self.folder / f"{kind}-{chunk:06d}.arrow"
 
     def missing(self, kind: str) -> list[int]:
@@ -243,6 +245,11 @@ class Vocabulary:
         words = pa.concat_arrays(parts)
         return cls(words, _folded(words), candidates)
 
+    def extended(self, words: pa.Array) -> Vocabulary:
+        """With more words at the end."""
+        joined_words, folded = pa.concat_arrays([self.words, words]), pa.concat_arrays([self.folded, _folded(words)])
+        return Vocabulary(joined_words, folded, self.candidates)
+
 
 def _folded(words: pa.Array) -> pa.Array:
     return pa.array([normalised(word).casefold() for word in words.to_pylist()], pa.string())
@@ -262,13 +269,20 @@ class VariantJob:
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
         plan = self.plan
         rows, texts, pools = plan.originals(shard), plan.texts(shard), pools_of(plan)
-        vocabulary = _vocabulary(plan)
+        vocabulary, places = _vocabulary(plan), []
+        if plan.rules.mlm:
+            table = read_arrow(plan.file("mlm", shard))
+            for letter in plan.letters():
+                found, words = from_column(table.filter(pc.equal(table["side"], letter)), len(vocabulary.words))
+                places.append(found)
+                vocabulary = vocabulary.extended(words)
         augmenter = RuleAugmenter(
             plan.rules,
             pools,
             plan.seed,
             mask_word=len(pools.words),
             candidates=vocabulary.candidates,
+            places=places,
         )
         made = _Made(plan, rows, texts, vocabulary)
         ids = rows["example_id"].to_pylist()

@@ -41,6 +41,8 @@ def neighbour_lists(
     table_VH: npt.NDArray[np.float32],
     tokenizer: Any,
     num_candidates: int,
+    *,
+    least_pieces: int = 1,
 ) -> list[list[str]]:
     """Per word the whole words of the vocabulary with the largest cosine, nearest first, without the word itself.
 
@@ -51,6 +53,7 @@ def neighbour_lists(
         table_VH: the word table of the checkpoint.
         tokenizer: its tokenizer.
         num_candidates: at most so many per word.
+        least_pieces: words of fewer pieces have none.
     """
     lists: list[list[str]] = [[] for _ in words]
     asked = [number for number, word in enumerate(words) if is_content_word(word)]
@@ -71,7 +74,7 @@ def neighbour_lists(
         nearest_BC = np.argpartition(-scores_BK, count - 1, axis=1)[:, :count]
         for place, row in enumerate(block):
             word = words[asked[row]]
-            if not pieces[row] or tokenizer.unk_token_id in pieces[row]:
+            if len(pieces[row]) < max(least_pieces, 1) or tokenizer.unk_token_id in pieces[row]:
                 continue
             nearest = nearest_BC[place]
             order = nearest[np.lexsort((nearest, -scores_BK[place, nearest]))]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "delete", "swap")
+WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "mlm", "delete", "swap")
 """Operators that share the draw of a word: their probabilities sum to at most 1."""
 OPERATORS = (*WORD_OPERATORS, "ngram", "exchange")
 """All of them, in the order in which provenance names them."""
 TAGGED = ("pos", "synonym")
 """Operators that need parts of speech."""
-LISTED = ("neighbour",)
+LISTED = ("neighbour", "mlm")
 """Operators that take the nearest so many candidates."""
-FOLDERS = {"synonym": "wordnet", "neighbour": "word_table"}
+FOLDERS = {"synonym": "wordnet", "neighbour": "word_table", "mlm": "masked_lm"}
 """Operators that need files, and the option that names them."""
 
 PROBABILITIES = {
@@ -20,12 +20,13 @@ PROBABILITIES = {
     "pos": 0.1,
     "synonym": 0.1,
     "neighbour": 0.1,
+    "mlm": 0.4,
     "delete": 0.1,
     "swap": 0.1,
     "ngram": 0.25,
     "exchange": 0.5,
 }
-"""Of an operator that is asked for without one: as Tang et al. (2019) and Wei and Zou (2019) have them."""
+"""Of an operator that is asked for without one: as Tang et al. (2019), Wei and Zou (2019) and TinyBERT have them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Tang et al., 2019, as in the paper.
@@ -38,6 +39,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pair_sides": "random",
         "drop_all_changed": True,
     },
+    # TinyBERT (Jiao et al., 2020), data_augmentation.py: 20 of a text (SST-2, QNLI), 10 of each side of a pair.
+    "tinybert": {"operators": ("mlm",), "num_variants": (20, 20), "pair_sides": "alternate", "num_candidates": 15},
 }
 """Published settings; `num_variants` is for single texts and for pairs."""
 DEFAULTS: dict[str, Any] = {

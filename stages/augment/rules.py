@@ -52,6 +52,7 @@ class Rules:
     pos: float = 0.0
     synonym: float = 0.0
     neighbour: float = 0.0
+    mlm: float = 0.0
     delete: float = 0.0
     swap: float = 0.0
     ngram: float = 0.0
@@ -129,6 +130,7 @@ class RuleAugmenter:
         seed: of all draws.
         mask_word: the number of the mask token in the vocabulary.
         candidates: of `synonym` and `neighbour`, per word of the vocabulary.
+        places: of `mlm`, per side and place.
 
     Attributes:
         counts: what was done so far: `words` seen, of every word operator words chosen under its name and those that
@@ -144,6 +146,7 @@ class RuleAugmenter:
         *,
         mask_word: int,
         candidates: Mapping[str, Ragged] | None = None,
+        places: Sequence[Ragged] = (),
     ) -> None:
         self._rules = rules
         self._draws = Draws(seed, rules.config_hash)
@@ -155,6 +158,7 @@ class RuleAugmenter:
             "delete": Delete(),
             **{name: ReplaceByCandidate(rows) for name, rows in (candidates or {}).items()},
         }
+        self._by_place = [ReplaceByCandidate(rows, by_place=True) for rows in places]
         self.counts: Counter[str] = Counter()
 
     def variants(
@@ -224,7 +228,8 @@ class RuleAugmenter:
             at = np.flatnonzero(chosen == number)
             if not len(at):
                 continue
-            new[at] = self._operators[name].replace(old[at], places[at], choosing[at])
+            operator = self._by_place[side] if name == "mlm" else self._operators[name]
+            new[at] = operator.replace(old[at], places[at], choosing[at])
             note(number, at)
         at = np.flatnonzero(chosen == _SWAP)
         partners = offsets[variant[at]] + (choosing[at] * lengths[variant[at]]).astype(np.int64)

@@ -535,6 +535,11 @@ def test_presets_fill_in_what_is_not_given() -> None:
         **{**plain, "ngram": 0.0, "num_variants": 20},
         **{"pair_sides": "random", "drop_all_changed": True},
     }
+    tinybert = resolved(preset="tinybert", masked_lm="x")
+    assert tinybert == {
+        **{**plain, "mask": 0.0, "pos": 0.0, "ngram": 0.0, "mlm": 0.4, "num_variants": 20},
+        **{"pair_sides": "alternate", "num_candidates": 15},
+    }
     assert resolved(preset="tang", num_variants=2, ngram_probability=0.0)["ngram"] == 0.0
     assert resolved(operators=("ngram", "mask"))["pos"] == 0.0
     assert resolved(operators=("none",))["num_variants"] == 0
@@ -551,7 +556,7 @@ def test_presets_fill_in_what_is_not_given() -> None:
         ({"mask_probability": 0.6, "pos_probability": 0.6}, r"mask 0\.6, pos 0\.6 sum to more than 1"),
         ({"operators": ("synonym",)}, "operator 'synonym' needs --wordnet"),
         ({"operators": ("neighbour",)}, "operator 'neighbour' needs --word-table"),
-        ({"word_table": "x"}, "--word-table is given, and operator 'neighbour' is not among --operators"),
+        ({"masked_lm": "x"}, "--masked-lm is given, and operator 'mlm' is not among --operators"),
         ({"operators": ("exchange",)}, "'exchange' needs pairs"),
         ({"num_candidates": 0}, "--num-candidates is 0"),
         ({"transfer_ratio": 1.0}, "--transfer-ratio is 1.0; expected 0 or more, and --transfer-dataset"),

@@ -1,4 +1,4 @@
-"""Words from a checkpoint: neighbours in its word table."""
+"""Words from a checkpoint: neighbours in its word table, and what a masked language model says in a word's place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kd.pipeline.errors import RefusedError
 from kd.pipeline.stage import execute
 from kd.stages.augment import Augment
 from kd.stages.augment.candidates import is_content_word
-from kd.stages.augment.checkpoint import checkpoint_digest, load_word_table
+from kd.stages.augment.checkpoint import checkpoint_digest, load_tokenizer, load_word_table
 from kd.stages.augment.neighbour import neighbour_lists, whole_words
 from kd.stages.augment.words import split_words
 from kd.stages.corpus import open_corpus
@@ -59,6 +59,12 @@ def test_neighbours_are_those_that_brute_force_finds(
         assert neighbours == [other.capitalize() if word == "Film" else other for other in best]
 
 
+def test_words_of_one_piece_are_left_out_where_two_are_asked_for(tiny_teacher: Path) -> None:
+    table_VH, tokenizer = load_word_table(tiny_teacher)
+    one, several = neighbour_lists(["book", "unseen"], table_VH, tokenizer, 4, least_pieces=2)
+    assert (len(one), len(several)) == (0, 4)
+
+
 def test_words_become_neighbours(tiny_teacher: Path, tmp_path: Path, sentences: list[str]) -> None:
     fields = {"operators": ("neighbour",), "neighbour_probability": 0.5, "word_table": str(tiny_teacher)}
     pairs = augmented(sentences[:12], tmp_path, num_candidates=3, **fields)
@@ -73,3 +79,92 @@ def test_words_become_neighbours(tiny_teacher: Path, tmp_path: Path, sentences: 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="is no checkpoint"):
         checkpoint_digest(tmp_path)
+
+
+# Masked LM -------------------------------------------------------------------------------------------------------
+
+
+def one_at_a_time(folder: Path, words: list[str], num_candidates: int) -> dict[int, set[str]]:
+    """Candidates by place of one text, as TinyBERT's script asks for them: a forward pass a word, all logits."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    known = whole_words(tokenizer)
+    found = {}
+    for place, word in enumerate(words):
+        if not is_content_word(word) or len(tokenizer.tokenize(word)) != 1:
+            continue
+        masked = " ".join([*words[:place], tokenizer.mask_token, *words[place + 1 :]])
+        inputs = tokenizer(masked, " ".join(words), return_tensors="pt")
+        at = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+        with torch.inference_mode():
+            logits_V = model(**inputs).logits[0, at]
+        best = [known[piece] for piece in logits_V.argsort(descending=True).tolist() if piece in known]
+        found[place] = {*[other for other in best if other != word.lower()][:num_candidates]}
+    return found
+
+
+def test_candidates_are_those_of_one_forward_pass_a_word(masked_lm: Path, sentences: list[str]) -> None:
+    """Batches, sorted lengths and a head that sees one token change nothing."""
+    from kd.stages.augment.mlm import MaskedLM
+
+    model = MaskedLM(str(masked_lm), 5)
+    texts = [split_words(text) for text in sentences[:6]]
+    blanks = [blank for number, words in enumerate(texts) for blank in model.blanks(words, 100 * number)]
+    found = model.fill(blanks)
+    for number, words in enumerate(texts):
+        expected = one_at_a_time(masked_lm, words, 5)
+        assert {place: {*found[100 * number + place]} for place in expected} == expected
+    assert len(found) == len(blanks)
+
+
+def test_a_text_longer_than_the_model_has_no_candidates_beyond_its_end(masked_lm: Path) -> None:
+    from kd.stages.augment.mlm import MaskedLM
+
+    model = MaskedLM(str(masked_lm), 5)
+    blanks = [*model.blanks(["book"] * 100, 0)]
+    assert [blank.place for blank in blanks] == [*range(63)]
+    assert max(len(blank.token_ids) for blank in blanks) == 64
+    assert len(model.fill(blanks[-2:])) == 2
+
+
+def test_the_preset_tinybert_changes_content_words_alone_and_resumes(
+    masked_lm: Path, tmp_path: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.stages.augment import mlm
+
+    monkeypatch.setattr("kd.stages.augment.augment.VARIANTS_PER_CHUNK", 60)
+    fields = {"preset": "tinybert", "num_variants": 6, "masked_lm": str(masked_lm), "num_candidates": 4}
+    (tmp_path / "one").mkdir()
+    texts = [*sentences[:20], "An unseen book."]
+    pairs = augmented(texts, tmp_path / "one", **fields)
+    changes = [(a, b) for old, new in pairs for a, b in zip(old, new, strict=True) if a != b]
+    assert len(changes) > 60
+    assert all(is_content_word(old) and new.isalpha() for old, new in changes)
+    assert "unseen" in {old for old, _ in changes}  # of several pieces: from the word table
+
+    finish, done = mlm.MlmJob.finish, []
+
+    def stop(self: Any, computed: Any) -> int:
+        if done:
+            raise KeyboardInterrupt
+        done.append(computed[0])
+        return finish(self, computed)
+
+    (tmp_path / "two").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mlm.MlmJob, "finish", stop)
+        augmented(texts[::-1], tmp_path / "two", **fields)
+    again = []
+    monkeypatch.setattr(
+        mlm.MlmJob, "finish", lambda self, computed: again.append(computed[0]) or finish(self, computed)
+    )
+    assert augmented(texts, tmp_path / "two", **fields) == pairs
+    assert not {*again} & {*done} and again
+
+
+def test_a_checkpoint_without_a_head_is_refused(tiny_teacher: Path, tmp_path: Path, sentences: list[str]) -> None:
+    with pytest.raises(RefusedError, match=r"is no masked language model\n  weights that are not there: cls\."):
+        augmented(sentences[:3], tmp_path, preset="tinybert", masked_lm=str(tiny_teacher))
+    assert not (tmp_path / "corpus" / "manifest.json").exists()

@@ -1,0 +1,236 @@
+"""Operator `mlm`: a word becomes what a masked language model would say in its place.
+
+TinyBERT's augmentation (Jiao et al., 2020; `data_augmentation.py`): a content word of one piece is masked, the sentence
+follows as second segment as it is, and the best pieces that are words are its candidates; for a word of several pieces
+they are its neighbours in the model's own word table (TinyBERT: in GloVe). The lists are made once and serve all
+variants.
+
+Batches follow from the chunk alone and one thread computes them, so that lists do not depend on who makes them. A list
+is kept in the order of the vocabulary: where processors round two scores differently, only whether the last word is on
+it can change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ...pipeline.errors import RefusedError
+from .candidates import cased_like, is_content_word
+from .checkpoint import load_tokenizer
+from .generate import PIECES, Plan, pools_of, read_arrow, write_arrow
+from .neighbour import whole_words
+
+BATCH_TOKENS = 4096
+"""Tokens of a batch, padding included. Part of the format: it decides which sentences share a batch."""
+MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Blank:
+    """One word that a list is wanted for.
+
+    Attributes:
+        place: which of the words of the chunk it is.
+        token_ids: the sentence with the word masked, and again as it is.
+        masked_at: where the mask token stands.
+        num_first: tokens of the first segment.
+        piece: the word's own piece.
+    """
+
+    place: int
+    token_ids: list[int]
+    masked_at: int
+    num_first: int
+    piece: int
+
+
+class MaskedLM:
+    """A masked language model that fills blanks.
+
+    Args:
+        folder: a checkpoint that `AutoModelForMaskedLM` opens.
+        num_candidates: words per list.
+    """
+
+    def __init__(self, folder: str, num_candidates: int) -> None:
+        from transformers import AutoModelForMaskedLM
+
+        self.tokenizer = load_tokenizer(folder)
+        try:
+            model, loading = AutoModelForMaskedLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise RefusedError(
+                f"{folder} is no masked language model", details=[(str(error).splitlines() or [""])[0][:200]]
+            ) from error
+        if loading["missing_keys"] or self.tokenizer.mask_token_id is None:
+            missing = sorted(loading["missing_keys"])
+            raise RefusedError(
+                f"{folder} is no masked language model",
+                details=[f"weights that are not there: {', '.join(missing[:3])}" if missing else "no mask token"],
+                fix="give a checkpoint with a masked-LM head, such as bert-base-uncased",
+            )
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.eval().to(self._device)
+        self._num_candidates = num_candidates
+        known = whole_words(self.tokenizer)
+        self._names = [*known.values()]
+        self._known = torch.tensor([*known], device=self._device)
+        self._row_of = {piece: row for row, piece in enumerate(known)}
+        self._marked = any(piece.startswith("Ġ") for piece in self.tokenizer.get_vocab())
+        self._pieces: dict[str, list[int]] = {}
+        limits = (
+            self.tokenizer.model_max_length,
+            getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS,
+        )
+        self._most_tokens = min(MOST_TOKENS, *limits)
+
+    def pieces(self, word: str) -> list[int]:
+        """The token ids of a word within a text."""
+        found = self._pieces.get(word)
+        if found is None:
+            text = f" {word}" if self._marked else word
+            found = self._pieces[word] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def blanks(self, words: Sequence[str], first_place: int) -> Iterator[Blank]:
+        """The content words of one text that are one piece; none beyond the length that the model takes."""
+        tokenizer = self.tokenizer
+        pieces = [self.pieces(word) for word in words]
+        whole = [piece for word in pieces for piece in word]
+        between = [tokenizer.sep_token_id] * (tokenizer.num_special_tokens_to_add(pair=True) - 2)
+        at = 1
+        for number, (word, ids) in enumerate(zip(words, pieces, strict=True)):
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and is_content_word(word):
+                first = [tokenizer.cls_token_id, *whole, *between]
+                first[at] = tokenizer.mask_token_id
+                token_ids = [*first, *whole, tokenizer.sep_token_id][: self._most_tokens]
+                if at < len(token_ids):
+                    yield Blank(first_place + number, token_ids, at, min(len(first), len(token_ids)), ids[0])
+            at += len(ids)
+
+    def fill(
+        self, blanks: Sequence[Blank], advance: Callable[[int], None] = lambda count: None
+    ) -> dict[int, list[str]]:
+        """The candidates of every blank by its place, in the order of the vocabulary; never the word itself."""
+        lists: dict[int, list[str]] = {}
+        with torch.inference_mode(), _one_thread(self._device), self._only_masked() as masked_at:
+            for batch in _batches(blanks):
+                for blank, words in zip(batch, self._fill(batch, masked_at), strict=True):
+                    lists[blank.place] = words
+                advance(len(batch))
+        return lists
+
+    def _fill(self, batch: Sequence[Blank], masked_at: list[torch.Tensor]) -> list[list[str]]:
+        length = -(-max(len(blank.token_ids) for blank in batch) // 8) * 8
+        ids_BT = torch.full((len(batch), length), self.tokenizer.pad_token_id)
+        mask_BT, segment_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
+        for row, blank in enumerate(batch):
+            size = len(blank.token_ids)
+            ids_BT[row, :size] = torch.tensor(blank.token_ids)
+            mask_BT[row, :size] = 1
+            segment_BT[row, blank.num_first : size] = 1
+        masked_at[:] = [torch.tensor([blank.masked_at for blank in batch], device=self._device)]
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        if getattr(self._model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = segment_BT
+        logits_B1V = self._model(**{name: tensor.to(self._device) for name, tensor in inputs.items()}).logits
+        scores_BK = logits_B1V[:, 0].index_select(1, self._known)
+        for row, blank in enumerate(batch):
+            if blank.piece in self._row_of:
+                scores_BK[row, self._row_of[blank.piece]] = -torch.inf
+        best_BM = scores_BK.topk(min(self._num_candidates, len(self._names) - 1), dim=1).indices.sort(dim=1).values
+        return [[self._names[number] for number in row] for row in best_BM.tolist()]
+
+    @contextmanager
+    def _only_masked(self) -> Iterator[list[torch.Tensor]]:
+        """The head sees the states of the masked tokens alone: it is a fifth of the work where it sees all."""
+        masked_at: list[torch.Tensor] = []
+
+        def pick(module: Any, inputs: Any, outputs: Any) -> Any:
+            states_BTH = outputs[0]
+            outputs["last_hidden_state"] = states_BTH[torch.arange(len(states_BTH)), masked_at[0]][:, None]
+            return outputs
+
+        handle = self._model.base_model.register_forward_hook(pick)
+        try:
+            yield masked_at
+        finally:
+            handle.remove()
+
+
+def _batches(blanks: Sequence[Blank]) -> Iterator[list[Blank]]:
+    """By length, so that there is next to no padding; at most `BATCH_TOKENS` each, and at least one."""
+    batch: list[Blank] = []
+    for blank in sorted(blanks, key=lambda blank: (len(blank.token_ids), blank.place)):
+        # The lengths rise, so the newest is the longest.
+        if batch and (len(batch) + 1) * (-(-len(blank.token_ids) // 8) * 8) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(blank)
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _masked_lm(folder: str, digest: str, num_candidates: int) -> MaskedLM:
+    return MaskedLM(folder, num_candidates)
+
+
+@dataclass(frozen=True)
+class MlmJob:
+    """Lists the candidates of every place of a chunk."""
+
+    plan: Plan
+    folder: str
+    num_candidates: int
+
+    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
+        plan = self.plan
+        model = _masked_lm(self.folder, plan.digest, self.num_candidates)
+        words = pools_of(plan).words
+        neighbours = read_arrow(plan.folder / PIECES)["candidates"]
+        sides = plan.texts(shard)
+        blanks: list[Blank] = []
+        first = 0
+        for side in sides:
+            for row in range(len(side)):
+                text = [words[number] for number in side[row]]
+                blanks += model.blanks(text, first + int(side.offsets[row]))
+            first += len(side.values)
+        found = model.fill(blanks)
+        advance(len(sides[0]))
+        numbers = np.concatenate([side.values for side in sides]).tolist()
+        lists = [
+            [cased_like(other, words[number]) for other in found[place]]
+            if place in found
+            else neighbours[number].as_py()
+            for place, number in enumerate(numbers)
+        ]
+        letters = np.repeat([*plan.letters()], [len(side.values) for side in sides])
+        return shard, pa.table({"side": pa.array(letters), "candidates": pa.array(lists, pa.list_(pa.string()))})
+
+    def finish(self, computed: tuple[int, pa.Table]) -> int:
+        chunk, table = computed
+        write_arrow(table, self.plan.file("mlm", chunk))
+        return chunk
