@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +84,14 @@ def _count(number: int | None) -> str:
 
 
 def _teacher_config(folder: str) -> dict[str, Any]:
-    """Fields of a teacher's config.json that facts about methods need."""
+    """Fields of a teacher's config.json that facts about methods need, by the names that BERT's have."""
+    from transformers import AutoConfig
+
     try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
-        found = {name: int(config[name]) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
-        return {**found, "num_labels": len(config.get("id2label") or ()) or 2}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = AutoConfig.from_pretrained(Path(folder).expanduser(), local_files_only=True, trust_remote_code=False)
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_labels")
+        return {name: int(getattr(config, name)) for name in names}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RefusedError(
             f"--teacher {folder} has no config.json of an encoder: {str(error).splitlines()[0]}",
             fix="name the folder of a checkpoint, or leave --teacher out for BERT-base",

@@ -188,8 +188,12 @@ class Preparation:
         fraction = self.stage.validation_fraction
         if not fraction:
             return np.zeros(len(self.has_gold), bool)
-        ids = np.concatenate([_family_ids(corpus) for corpus in self.corpora])
-        return _uniform(ids, seed=self.stage.seed) < fraction
+        return _uniform(self.families, seed=self.stage.seed) < fraction
+
+    @cached_property
+    def families(self) -> np.ndarray:
+        """uint64 [N]: alike for a text and all variants made from it."""
+        return np.concatenate([_family_ids(corpus) for corpus in self.corpora])
 
     @cached_property
     def is_original(self) -> np.ndarray:

@@ -24,6 +24,7 @@ from ...pipeline.store.scratch import passed
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
 from ..derivation import NUM_TOKENS, POSITIONS
 from ..masking import MaskedRows, Masking, merged
+from .methods.base import FAMILY
 
 Batch = dict[str, Any]
 
@@ -198,6 +199,7 @@ class Rows:
         to_derive: whether some are derived.
         masks: where masked tokens and what stood there come from; None where texts are read as they are.
         row_signals: those among them that signals with one entry per row come from; None: those that have one.
+        families: int64 [N], alike for all variants of a text; None where no method contrasts rows.
     """
 
     tokens: TokenSource
@@ -210,6 +212,7 @@ class Rows:
     row_signals: tuple[Signal, ...] | None = None
     masks: StoreRows | None = None
     to_derive: bool = False
+    families: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -255,17 +258,19 @@ class Rows:
         }
 
     def _signals(self, index_B: np.ndarray) -> Mapping[str, torch.Tensor]:
-        if self.stored is None:
-            return {}
-        return self.stored.tensors(self.signals, index_B, to_derive=self.to_derive)
+        return {} if self.stored is None else self._read(self.signals, index_B)
 
     def sentence_signals(self, index: np.ndarray) -> Mapping[str, torch.Tensor]:
         """Of any rows what the signals with one entry per row come from, as in `batch`."""
-        assert self.stored is not None
         wanted = self.row_signals
         if wanted is None:
             wanted = tuple(signal for signal in self.signals if signal.kind.axis == "example")
-        return self.stored.tensors(wanted, index, to_derive=self.to_derive)
+        return self._read(wanted, index)
+
+    def _read(self, signals: Sequence[Signal], index: np.ndarray) -> Mapping[str, torch.Tensor]:
+        assert self.stored is not None
+        found = self.stored.tensors(signals, index, to_derive=self.to_derive)
+        return found if self.families is None else {**found, FAMILY: torch.from_numpy(self.families[index])}
 
     def seen_tokens(self, index: np.ndarray, vocab_size: int, *, rows_at_once: int = 4096) -> np.ndarray:
         """Ids that occur in the rows `index`, rising."""

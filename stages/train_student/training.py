@@ -170,6 +170,7 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
             fix=f"another student, or cache the corpus again with --max-length {limit}",
         )
     with_segments = prepared.task.pair and _takes_segments(model, tokenizer)
+    contrasts = any(term.method.num_negatives(prepared.shapes) for term in prepared.terms)
     rows = Rows(
         tokens=tokens,
         labels=prepared.labels,
@@ -181,6 +182,7 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         row_signals=prepared.row_sources(prepared.signals),
         masks=stored if prepared.maskings else None,
         to_derive=prepared.derives,
+        families=prepared.families.view(np.int64) if contrasts else None,
     )
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
     gold = _numbers(~prepared.held_out & prepared.has_gold)

@@ -21,6 +21,10 @@ from ...derivation import at_positions
 from ..losses.reduce import wide
 from ..registry import Registry, join_options, spelled, split_options
 
+FAMILY = "family"
+"""Beside the signals of a batch and of its negatives, where a method asks for such: int64, alike for all variants of a
+text. They are no negatives of each other."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
@@ -136,7 +140,8 @@ class Targets:
         labels: int64 [B], float32 [B] or float32 [B, C] by task; anything where there is no gold. Of masked text
             int64 [P]: what stood there.
         has_gold_B: bool, whether `labels` holds a gold label.
-        negatives: the signals of K other rows, drawn for this step, where a method asks for them.
+        negatives: the signals of K other rows, drawn for this step, where a method asks for them; beside these, and
+            beside `signals`, stands `FAMILY`.
         seed, epoch: what a method's draws come from, so that they are the same on all ranks and after a resume.
     """
 
@@ -210,9 +215,14 @@ def fitting_methods(shapes: Shapes, *, reads_teacher_tokens: bool = True) -> tup
     """
     fitting = []
     for name in methods:
+        method = methods.make(name, {})
         try:
-            signals = methods.make(name, {}).signals(shapes)
+            signals = method.signals(shapes)
         except UsageError:
+            continue
+        if (shapes.task == "encoder" and "logits" in method.reads(shapes)) or (
+            shapes.task == "masked-lm" and Signal("logits") in signals
+        ):
             continue
         if reads_teacher_tokens or all(signal.kind.axis == "example" for signal in signals):
             fitting.append(name)

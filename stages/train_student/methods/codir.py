@@ -12,7 +12,7 @@ from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
 from ..losses.reduce import wide
-from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .base import FAMILY, Method, Shapes, StudentOutputs, Targets, methods
 from .fit import hidden_signals, project, state_reads, widths_at
 
 LOGITS = Signal("logits")
@@ -31,9 +31,9 @@ class CoDir(Method):
     mapped anew.
 
     `negatives_from`: `other_class` counts only rows that the teacher puts into another class (of a task with one label
-    of several); `random` all, but for the row itself. `student_layers`: `all` blocks, or `1+3`; `teacher_layers`:
-    `spread`, the first block of every L / M (1, 3, 5, ... for 12 to 6), `all`, or `1+3+5`. `at`: `cls` as in the
-    released code, `mean` over tokens as in the paper. `temperature`: tau.
+    of several); `random` all. The row itself and variants of its text never count. `student_layers`: `all` blocks, or
+    `1+3`; `teacher_layers`: `spread`, the first block of every L / M (1, 3, 5, ... for 12 to 6), `all`, or `1+3+5`.
+    `at`: `cls` as in the released code, `mean` over tokens as in the paper. `temperature`: tau.
 
     Signals: `hidden.cls` or `hidden.mean` of those layers; `logits` for `other_class`. Student outputs: `sentence` or
     `mean`. Projections: `student`, `teacher`, always; with `nce` also the scale it fixes in the first step.
@@ -100,6 +100,8 @@ class CoDir(Method):
         )
         # Equal vectors are the same input: the row itself, wherever it stands in the store.
         usable_BK = (positive[:, None] != negative[None]).any(-1)
+        if FAMILY in targets.signals:
+            usable_BK &= targets.signals[FAMILY][:, None] != targets.negatives[FAMILY][None]
         if self._told_apart(shapes):
             classes_B, classes_K = (s[str(LOGITS)].argmax(-1) for s in (targets.signals, targets.negatives))
             usable_BK &= classes_B[:, None] != classes_K[None]

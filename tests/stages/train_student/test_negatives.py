@@ -68,6 +68,7 @@ def test_a_training_in_phases_draws_rows_for_every_step_and_layers_for_every_epo
     def watching(self: Distillation, **given: Any) -> Any:
         seen.append((self.seed, self.epoch, given["negatives"]["hidden.cls@1"].numpy().tobytes()))
         assert "hidden.tok@1" not in given["negatives"]
+        assert len(given["signals"]["family"].unique()) == 40 and len(given["negatives"]["family"].unique()) == 5
         return forward(self, **given)
 
     monkeypatch.setattr(Distillation, "forward", watching)

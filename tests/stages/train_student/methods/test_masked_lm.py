@@ -20,12 +20,11 @@ from transformers import AutoModelForMaskedLM
 import kd
 from kd.pipeline.errors import UsageError
 from kd.pipeline.store.signal import Signal
-from kd.stages.train_student import TrainStudent, losses
+from kd.stages.train_student import losses
 from kd.stages.train_student.methods import Method, StudentOutputs, Targets
-from kd.stages.train_student.trainer import Distillation
-from kd.stages.train_student.training import make_data
 
 from . import reference
+from .beside import Ready
 from .worlds import World, grid, make, shapes
 
 FORM = shapes(task="masked-lm", num_labels=0)
@@ -219,22 +218,8 @@ def view(
 @pytest.mark.parametrize("spec", [TRIPLE, "soft-target:5:temperature=2,hard:2,distilbert:1:at=mask"])
 def test_the_stores_signals_train_as_the_live_teacher_would(spec: str, view: tuple[str, Path], masked_lm: Path) -> None:
     dtype, folder = view
-    prepared = TrainStudent(
-        view=(str(folder),), student="bert:num_layers=1:hidden_size=16", init="random",
-        method=tuple(spec.split(",")), output_dir="unused",
-    ).prepared  # fmt: skip
-    torch.manual_seed(0)
-    tokenizer = prepared.teacher.tokenizer
-    model = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer).model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.25)
-    from kd.stages.derivation import derivation_of
-
-    derivation = derivation_of(prepared.views[0].store)
-    distillation = Distillation(model, prepared.student, prepared.terms, prepared.shapes, derivation).eval()
-    batch = make_data(prepared, tokenizer, model).rows.batch(np.arange(3, 11))
+    ready = Ready.over(folder, "bert:num_layers=1:hidden_size=16", *spec.split(","))
+    batch = ready.rows.batch(np.arange(3, 11))
 
     teacher = AutoModelForMaskedLM.from_pretrained(masked_lm).eval()
     with torch.no_grad():
@@ -249,15 +234,7 @@ def test_the_stores_signals_train_as_the_live_teacher_would(spec: str, view: tup
         "mlm.hidden": at_masked,
         "hidden.tok@2": last,
     }
-
-    def step(signals: dict[str, Any]) -> tuple[float, Tensor]:
-        distillation.zero_grad()
-        loss = distillation(**{**batch, "signals": signals})["loss"]
-        loss.backward()
-        parts = [p.grad.flatten() for p in distillation.parameters() if p.grad is not None]
-        return loss.item(), torch.cat(parts).double()
-
-    (offline, gradient), (online, expected) = step(batch["signals"]), step({**batch["signals"], **live})
+    (offline, gradient), (online, expected) = ready.step(batch), ready.step(batch, signals={**batch["signals"], **live})
     assert offline == pytest.approx(online, rel=1e-6 if dtype == "float32" else 1e-3)
     assert torch.nn.functional.cosine_similarity(gradient, expected, dim=0) >= 0.9999
-    assert Signal("mlm.logits") in prepared.signals
+    assert Signal("mlm.logits") in ready.prepared.signals

@@ -24,6 +24,7 @@ from kd.stages.train_student.methods import (
     methods,
     parse_methods,
 )
+from kd.stages.train_student.methods.base import FAMILY
 
 
 def shapes(**changes: object) -> Shapes:
@@ -348,6 +349,22 @@ def test_embeddings_and_last_layers_take_part_on_request() -> None:
         make("rail-kd").signals(shapes(teacher_layers=2))
 
 
+def test_variants_of_a_text_are_not_told_apart_from_each_other() -> None:
+    method, student, generator = make("codir:negatives_from=random"), outputs(), torch.Generator().manual_seed(0)
+    names = [str(signal) for signal in method.signals(shapes())]
+    own, others = ({name: torch.randn(count, 16, generator=generator) for name in names} for count in (2, 3))
+    projections = method.projections(shapes())
+
+    def loss(own_families: list[int], families: list[int]) -> float:
+        targets = Targets(
+            {**own, FAMILY: torch.tensor(own_families)}, negatives={**others, FAMILY: torch.tensor(families)}
+        )
+        return method.loss(student, targets, projections, shapes())["codir"].item()
+
+    assert loss([7, 7], [7, 7, 7]) == 0
+    assert 0 < loss([7, 8], [7, 8, 8]) < loss([7, 8], [1, 2, 3])
+
+
 def test_codir_takes_the_teachers_layers_of_the_released_code() -> None:
     names = [str(signal) for signal in make("codir").signals(twelve_to_six())]
     assert names == [*(f"hidden.cls@{layer}" for layer in (1, 3, 5, 7, 9, 11)), "logits"]
@@ -372,6 +389,16 @@ def test_fsps_fixed_projection_is_orthonormal_the_same_in_every_run_and_never_tr
 
 
 # --- which methods fit which student ---------------------------------------------------------------------------------
+
+
+def test_of_text_without_labels_no_method_fits_that_reads_what_is_not_predicted() -> None:
+    encoder, masked = (
+        {*fitting_methods(shapes(task=task, num_labels=0, student_heads=2, teacher_heads=2, attention_width=8))}
+        for task in ("encoder", "masked-lm")
+    )
+    assert not encoder & {"soft-target", "hard", "logit-mse"} and {"fitnets", "tinybert", "minilmv2"} <= encoder
+    assert masked - encoder == {"soft-target", "hard"}
+
 
 ANY = {"soft-target", "logit-mse", "hard", "fitnets", "fsp", "pkd", "distilbert", "ckd", "alp-kd", "codir", "rail-kd"}
 SAME_HEADS = {"tinybert", "ir-kd", "mobilebert", "minilm"}
@@ -642,3 +669,12 @@ def test_the_list_of_methods_can_be_that_of_a_teachers_folder(tiny_teacher: Path
     assert "attention.qkv@2, 1,920 bytes" in stage.report(result.summary)
     with pytest.raises(RefusedError, match=r"no config\.json of an encoder"):
         ListMethods(teacher="nowhere").run(StageContext())
+
+
+def test_a_teacher_is_known_by_the_names_that_its_kind_gives_its_sizes(tmp_path: Path) -> None:
+    from transformers import DistilBertConfig
+
+    DistilBertConfig(dim=48, n_layers=4, n_heads=2, hidden_dim=96, num_labels=5).save_pretrained(tmp_path)
+    result = ListMethods(teacher=str(tmp_path), length=10).run(StageContext())
+    facts = {entry["name"]: (entry["signals"], entry["bytes_per_example"]) for entry in result.summary["methods"]}
+    assert (facts["logit-mse"], facts["fitnets"]) == (("logits", 20), ("hidden.tok@2", 960))

@@ -15,17 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import kd
-from kd.stages.train_student import TrainStudent
 from kd.stages.train_student.attention_watch import AttentionWatch
 from kd.stages.train_student.methods import StudentOutputs
-from kd.stages.train_student.preparation import Preparation
-from kd.stages.train_student.trainer import Distillation
-from kd.stages.train_student.training import make_data
 
+from .beside import Ready
 from .cases import CASES, Case
 from .worlds import World
 
 SIGNALS = ("hidden.cls@all", "hidden.mean@all", "hidden.tok@all", "attention.score@1-2", "attention.qkv@1-2")
+STUDENT = "bert:num_layers=2:hidden_size=16:heads=4"
 ROWS = np.arange(3, 11)
 OTHERS = np.arange(20, 30)
 
@@ -60,58 +58,30 @@ def live(teacher: Any, inputs: Mapping[str, Tensor]) -> World:
     return World(inputs["attention_mask"].bool(), shown.logits, shown.hidden_states, watch.heads())
 
 
-def prepared_for(spec: str, view: Path) -> Preparation:
-    stage = TrainStudent(
-        view=(str(view),),
-        student="bert:num_layers=2:hidden_size=16:heads=4",
-        init="random",
-        method=(spec,),
-        output_dir="unused",
-    )
-    return stage.prepared
-
-
-def step(distillation: Distillation, batch: Mapping[str, Any], **fields: Any) -> tuple[float, Tensor]:
-    """Loss and the gradient of everything trained, as one vector."""
-    distillation.zero_grad()
-    loss = distillation(**{**batch, **fields})["loss"]
-    loss.backward()
-    parts = [p.grad.flatten() for p in distillation.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(parts).double()
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.spec)
 def test_the_stores_signals_train_as_the_live_teacher_would(case: Case, view: tuple[str, Path], teacher: Any) -> None:
     dtype, folder = view
-    prepared = prepared_for(case.spec, folder)
-    torch.manual_seed(0)
-    tokenizer = prepared.teacher.tokenizer
-    model = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer).model
-    # Started at 0.02, its outputs would hardly depend on its input.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.25)
-    rows = make_data(prepared, tokenizer, model).rows
-    distillation = Distillation(model, prepared.student, prepared.terms, prepared.shapes).eval()
+    ready = Ready.over(folder, STUDENT, case.spec)
+    rows, signals = ready.rows, ready.prepared.signals
+    assert not ready.prepared.derives
 
     batch, others = rows.batch(ROWS), rows.batch(OTHERS)
     shown, shown_others = live(teacher, batch["inputs"]), live(teacher, others["inputs"])
-    online = {str(signal): shown.signal(signal) for signal in prepared.signals}
-    online_others = {str(s): shown_others.signal(s) for s in prepared.signals if s.kind.axis == "example"}
-    assert {name: values.shape for name, values in batch["signals"].items()} == {
+    online = {str(signal): shown.signal(signal) for signal in signals}
+    online_others = {str(s): shown_others.signal(s) for s in signals if s.kind.axis == "example"}
+    assert {name: values.shape for name, values in batch["signals"].items() if name != "family"} == {
         name: values.shape for name, values in online.items()
     }
 
-    cached = step(distillation, batch, negatives=rows.sentence_signals(OTHERS))
-    beside = step(distillation, batch, signals=online, negatives=online_others)
+    cached = ready.step(batch, negatives=rows.sentence_signals(OTHERS))
+    beside = ready.step(batch, signals=online, negatives=online_others)
     tolerance = 1e-6 if dtype == "float32" else 1e-3
     assert cached[0] == pytest.approx(beside[0], rel=tolerance)
     assert torch.cosine_similarity(cached[1], beside[1], dim=0).item() >= 0.9999
     assert beside[0] > 1e-3 and beside[1].norm() > 1e-6
 
     rolled = {name: values.roll(1, 0) for name, values in batch["signals"].items()}
-    other, _ = step(distillation, batch, signals=rolled, negatives=rows.sentence_signals(OTHERS))
+    other, _ = ready.step(batch, signals=rolled, negatives=rows.sentence_signals(OTHERS))
     assert abs(other - cached[0]) > tolerance * cached[0], "rows of others would not be noticed"
 
 
@@ -119,12 +89,7 @@ def test_the_stores_signals_train_as_the_live_teacher_would(case: Case, view: tu
 def test_under_autocast_the_student_is_in_bfloat16_and_the_loss_is_not(
     case: Case, view: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepared_for(case.spec, view[1])
-    torch.manual_seed(0)
-    tokenizer = prepared.teacher.tokenizer
-    model = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer).model
-    rows = make_data(prepared, tokenizer, model).rows
-    distillation = Distillation(model, prepared.student, prepared.terms, prepared.shapes).eval()
+    ready = Ready.over(view[1], STUDENT, case.spec)
     seen: list[tuple[torch.dtype, bool]] = []
     loss = type(case.method).loss
 
@@ -134,13 +99,13 @@ def test_under_autocast_the_student_is_in_bfloat16_and_the_loss_is_not(
 
     monkeypatch.setattr(type(case.method), "loss", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        shown = distillation(**rows.batch(ROWS), negatives=rows.sentence_signals(OTHERS))
+        shown = ready.distillation(**ready.rows.batch(ROWS), negatives=ready.rows.sentence_signals(OTHERS))
     assert seen == [(torch.bfloat16, False)]
     assert shown["loss"].dtype == torch.float32 and {value.dtype for value in shown["terms"].values()} == {
         torch.float32
     }
     shown["loss"].backward()
-    assert all(p.grad.isfinite().all() for p in distillation.parameters() if p.grad is not None)
+    assert all(p.grad.isfinite().all() for p in ready.distillation.parameters() if p.grad is not None)
 
 
 def test_a_teacher_shows_the_same_logits_watched_or_not(teacher: Any) -> None:
