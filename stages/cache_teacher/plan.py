@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...pipeline.ragged import Ragged
-    from ...pipeline.store import ArraySpec, InputRows, StoreLayout, TeacherStore
+    from ...pipeline.store import ArraySpec, InputRows, Signal, StoreLayout, TeacherStore
     from ...pipeline.store.plan import ShardSize
     from ...pipeline.store.store import AllocationPreview
     from .teacher import Teacher
@@ -26,7 +26,8 @@ class Plan:
         inputs: the corpus as the teacher reads it.
         num_truncated: rows of it that were cut.
         preview: which rows are new, and the shards they will take.
-        specs: the signals asked for.
+        signals: what is to be stored, as it was asked for or chosen.
+        specs: their arrays.
         missing: shards that are there and hold a row of the corpus → signals they lack.
         missing_sizes: of those shards.
         recoded: those of them that the teacher need not run over: the store holds float32 of all that they lack.
@@ -41,6 +42,7 @@ class Plan:
     inputs: InputRows
     num_truncated: int
     preview: AllocationPreview
+    signals: tuple[Signal, ...]
     specs: tuple[ArraySpec, ...]
     missing: Mapping[int, tuple[ArraySpec, ...]]
     missing_sizes: Sequence[ShardSize]

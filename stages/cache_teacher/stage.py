@@ -575,6 +575,7 @@ class CacheTeacher(Stage):
             inputs=inputs,
             num_truncated=num_truncated,
             preview=planned,
+            signals=self._signals,
             specs=specs,
             missing=missing,
             missing_sizes=[] if store is None else store.shard_sizes(missing),

@@ -95,11 +95,6 @@ class ExportStore(Stage):
         """The signals to write; each in one encoding where one covers all rows."""
         from ...pipeline.store import SIGNALS, Signal, parse_signals
 
-        if "masking" in self._store.identity.capture:
-            raise RefusedError(
-                f"store {self._store.url} is of masked text, and an export has the text as it was before",
-                fix="read it with kd.open_store; docs/store-format.md says which tokens are masked",
-            )
         reader = self._reader
         held = [spec.signal for spec in reader.catalogue.specs.values() if spec.signal.name in SIGNALS]
         if self.format == "topk":
@@ -200,15 +195,17 @@ class ExportStore(Stage):
         """Blocks of rows in order, each with the split of every row; what is in memory is one block."""
         import pyarrow as pa
 
+        from ..masking import Masking
         from .export_tables import blocks, column_names, input_columns, signal_column, top_columns
 
         reader, names = self._reader, column_names(self._signals)
+        masking = Masking.from_capture(self._store.identity.capture)
         k = self._top_k() if self.format == "topk" else 0
         for splits, head, rows in self._heads():
             for part in blocks(reader, self._signals, rows):
                 mine = rows[part]
                 columns = {name: head.column(name).slice(part.start, len(mine)) for name in head.column_names}
-                columns |= input_columns(reader, mine, mask=bool(k))
+                columns |= input_columns(reader, mine, mask=bool(k), masking=masking)
                 if k:
                     columns |= top_columns(reader.gather(self._signals[0], mine), k)
                 else:

@@ -15,6 +15,7 @@ ABOUT_COLUMNS = {
     "parent_id": "the example that a variant was made from; empty for originals",
     "row_key": "hash of the token ids and segment ids that the teacher read",
     "input_ids": "token ids that the teacher read",
+    "labels": "what stood at the masked tokens, in whose order a signal of masked tokens is; -100 elsewhere",
     "token_type_ids": "segment of each token",
     "attention_mask": "ones: rows are not padded",
     "token_ids": "classes with the largest logits, the largest first",

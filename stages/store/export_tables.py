@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from ...pipeline.ragged import offsets_of
 from ...pipeline.store.reader import StoreReader
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
+from ..masking import NO_LABEL, Masking
 
 BLOCK_BYTES = 64 << 20
 """Of signals, padded, that are in memory at once."""
@@ -86,12 +87,24 @@ def _lists(values: pa.Array, lengths: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets_of(lengths).astype(np.int32)), values)
 
 
-def input_columns(reader: StoreReader, rows: np.ndarray, *, mask: bool) -> dict[str, pa.Array]:
-    """`input_ids` (list of int32), and either `attention_mask` (ones) or `token_type_ids` (both list of int8)."""
+def input_columns(
+    reader: StoreReader, rows: np.ndarray, *, mask: bool, masking: Masking | None = None
+) -> dict[str, pa.Array]:
+    """`input_ids` (list of int32), and either `attention_mask` (ones) or `token_type_ids` (both list of int8).
+
+    Where rows are masked, `input_ids` are so too, and `labels` (list of int32) has what stood there, -100 elsewhere.
+    """
     ids_BT, lengths = reader.gather_tokens(TOKEN_IDS, rows)
     inside_BT = np.arange(ids_BT.shape[1]) < lengths[:, None]
     offsets = pa.array(offsets_of(lengths).astype(np.int32))
-    columns = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids_BT[inside_BT].astype(np.int32)))}
+    columns = {}
+    if masking is not None:
+        masked = masking.apply(ids_BT, lengths, reader.row_keys(rows))
+        ids_BT, labels_BT = masked.ids_BT, np.full_like(masked.ids_BT, NO_LABEL)
+        at, slots = np.nonzero(masked.positions_BM >= 0)
+        labels_BT[at, masked.positions_BM[at, slots]] = masked.labels_BM[at, slots]
+        columns["labels"] = pa.ListArray.from_arrays(offsets, pa.array(labels_BT[inside_BT].astype(np.int32)))
+    columns["input_ids"] = pa.ListArray.from_arrays(offsets, pa.array(ids_BT[inside_BT].astype(np.int32)))
     if mask:
         ones = np.ones(int(lengths.sum()), dtype=np.int8)
         columns["attention_mask"] = pa.ListArray.from_arrays(offsets, pa.array(ones))

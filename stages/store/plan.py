@@ -41,6 +41,8 @@ class PlanStore(Stage):
         "float32", help="Compute dtype.", panel=TEACHER, choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
     )
     max_length: int = option(128, help="Tokens per row; longer rows are cut.", panel=TEACHER, metavar="TOKENS")
+    mask_share: float = option(0.0, help="As for kd cache-teacher: of masked texts.", panel=TEACHER, metavar="SHARE")
+    mask_seed: int = option(0, help="As for kd cache-teacher.", panel=TEACHER)
     device: str | None = option(
         None, help="Where the teacher runs; cuda where there is one.", identity=False, panel=TEACHER, metavar="DEVICE"
     )
@@ -97,33 +99,25 @@ class PlanStore(Stage):
 
     # --- what there is -------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _teacher(self) -> Teacher:
-        from ..cache_teacher.teacher import describe_teacher
-
-        assert self.teacher is not None
-        return describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code)
-
     def _with_texts(self, context: StageContext) -> Work:
         """A corpus, into a store that is there or is to be made."""
-        from ...pipeline.store import parse_signals
         from ...pipeline.store.store import store_file_bytes
         from ..cache_teacher.sidecars import CONFIG, TOKENIZER, sidecar_bytes, sidecar_contents
         from ..cache_teacher.stage import CacheTeacher
         from ..cache_teacher.teacher import store_identity
 
-        teacher = self._teacher
         shared = {
             name: getattr(self, name)
             for name in (
-                "teacher", "trust_remote_code", "dtype", "max_length", "device", "corpus", "dataset", "text_column",
-                "text_pair_column", "signals", "sidecars", "rows_per_shard", "tokens_per_shard",
-                "pairs_per_shard",
+                "teacher", "trust_remote_code", "dtype", "max_length", "mask_share", "mask_seed", "device", "corpus",
+                "dataset", "text_column", "text_pair_column", "signals", "sidecars", "rows_per_shard",
+                "tokens_per_shard", "pairs_per_shard",
             )
         }  # fmt: skip
         # The folder of no store: nothing is there, and nothing is written.
         place = self.store or str(Path("(no store)"))
         plan = CacheTeacher(**shared, store=place, output_dir="(no view)").plan(context)
+        teacher = plan.teacher
         fixed = {f"sidecar {name}": size for name, size in sidecar_bytes(teacher, plan.sidecars).items()}
         if plan.store is None:
             identity = store_identity(teacher, max_length=self.max_length, dtype=self.dtype)
@@ -139,7 +133,8 @@ class PlanStore(Stage):
         return Work(
             store=plan.store,
             layout=plan.layout,
-            signals=parse_signals(self.signals, teacher.num_layers),
+            teacher=teacher,
+            signals=plan.signals,
             sizes=teacher.sizes,
             new=plan.preview.sizes,
             shards=plan.preview.shards,
@@ -152,24 +147,26 @@ class PlanStore(Stage):
     def _store_alone(self) -> Work:
         """All rows of a store."""
         from ...pipeline.store import open_store, parse_signals
-        from ..cache_teacher.teacher import store_identity
+        from ..cache_teacher.teacher import describe_teacher, require_teacher_of
 
         assert self.store is not None
         store = open_store(self.store)
+        teacher = None
         if self.teacher is not None:
-            capture = store.identity.capture
-            teacher = self._teacher.as_captured(store)
-            expected = store_identity(teacher, max_length=int(capture["max_length"]), dtype=str(capture["dtype"]))
-            store.identity.require_equal(expected, url=store.url)
+            teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code).as_captured(store)
+            require_teacher_of(store, teacher)
         shards = tuple(range(store.catalogue().num_shards))
         if not shards:
             raise RefusedError(f"store {self.store} holds no rows yet", fix="give --teacher and --corpus")
         num_layers, sizes = _facts(store)
+        signals = parse_signals(self.signals, num_layers)
+        _require_given(store, signals)
         rows = store.read_tokens(0)
         return Work(
             store=store,
             layout=store.layout,
-            signals=parse_signals(self.signals, num_layers),
+            teacher=teacher,
+            signals=signals,
             sizes=sizes,
             new=[],
             shards=shards,
@@ -184,11 +181,11 @@ class PlanStore(Stage):
         from ..cache_teacher.capture import measure_rate
         from ..cache_teacher.teacher import resolve_device
 
-        if self.teacher is None or not self.time or not any(row["tokens_to_compute"] for row in work.all_costs()):
+        if work.teacher is None or not self.time or not any(row["tokens_to_compute"] for row in work.all_costs()):
             return None
         context.progress.info("timing one batch on the teacher")
         return measure_rate(
-            self._teacher,
+            work.teacher,
             work.token_ids,
             work.segment_ids,
             work.specs(work.signals),
@@ -255,7 +252,8 @@ class Work:
     Attributes:
         store: None when it is to be made.
         layout: of the store.
-        signals: asked for.
+        teacher: as it is captured; None where it was not given.
+        signals: asked for, or chosen for what was.
         sizes: of the teacher.
         new: sizes of the shards to be added.
         shards: that are there and hold rows of it.
@@ -266,6 +264,7 @@ class Work:
 
     store: TeacherStore | None
     layout: StoreLayout
+    teacher: Teacher | None
     signals: tuple[Signal, ...]
     sizes: Sizes
     new: Sequence[ShardSize]
@@ -366,6 +365,22 @@ def _best(work: Work, budget: int) -> dict[str, Any] | None:
             if name in by_name:
                 by_name[name] += count
         level[max(open_, key=lambda name: by_name[name])] += 1
+
+
+def _require_given(store: TeacherStore, signals: Sequence[Signal]) -> None:
+    """RefusedError where the store's teacher does not give a signal."""
+    head, masked = store.identity.teacher.get("head"), "masking" in store.identity.capture
+    for signal in signals:
+        if signal.name == "logits" and head in ("none", "masked-lm"):
+            raise RefusedError(
+                f"the teacher of store {store.url} has no classification head, so it gives no logits",
+                fix="--signals mlm.logits" if masked else "ask for hidden states",
+            )
+        if "mask" in signal.kind.dims and not masked:
+            raise RefusedError(
+                f"{signal} is said of masked tokens, and the rows of store {store.url} are not masked",
+                fix="plan for a new store: --mask-share 0.15, with a masked-LM teacher and texts",
+            )
 
 
 def _facts(store: TeacherStore) -> tuple[int, Sizes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -14,10 +15,13 @@ from transformers import AutoModelForMaskedLM
 
 from kd.pipeline.errors import RefusedError
 from kd.pipeline.stage import StageContext, execute
-from kd.pipeline.store import open_view
+from kd.pipeline.store import Signal, open_view
 from kd.stages.derivation import POSITIONS, derivation_of
 from kd.stages.masking import Masking
 from kd.stages.store.audit import AuditStore
+from kd.stages.store.export import ExportStore
+from kd.stages.store.plan import PlanStore
+from kd.stages.store.repair import RepairStore
 from kd.stages.store.verify import VerifyStore
 from kd.stages.train_student.rows import StoreRows
 
@@ -188,3 +192,47 @@ def test_what_cannot_be_is_refused_before_weights_load(
 def test_a_classifier_is_no_masked_lm(bench: Any, sentences: list[str], no_weights: None) -> None:
     with pytest.raises(RefusedError, match="no masked-LM head"):
         bench.capture(bench.corpus(sentences[:10]), mask_share=0.15)
+
+
+def test_an_export_has_rows_as_the_teacher_read_them_and_what_was_masked(masked: Any, tmp_path: Path) -> None:
+    masked(signals="mlm.logits:float32")
+    view = open_view(masked.bench.folder / "view")
+    for source in (view.path, masked.bench.store):
+        execute(ExportStore(source=str(source), output_dir=str(tmp_path / source.name / "export")), StageContext())
+        table = pq.read_table(tmp_path / source.name / "export/data")
+        rows = rows_of(view)
+        if source == masked.bench.store:
+            rows = StoreRows(rows.readers, [np.arange(40)], rows.maskings)
+        found, lengths = rows.masked(np.arange(40))
+        for row, length in enumerate(lengths.tolist()):
+            assert table["input_ids"][row].as_py() == found.ids_BT[row, :length].tolist()
+            places = found.positions_BM[row][found.positions_BM[row] >= 0]
+            labels = np.full(length, -100)
+            labels[places] = found.labels_BM[row, : len(places)]
+            assert table["labels"][row].as_py() == labels.tolist()
+        logits = np.array(table["mlm_logits"].to_pylist(), np.float32)
+        np.testing.assert_array_equal(logits, rows.gather(Signal("mlm.logits"), np.arange(40)))
+
+
+def test_what_a_store_of_masked_text_costs_is_planned_with_its_teacher(masked: Any, masked_lm: Path) -> None:
+    masked(hidden_dtype="float32")
+    store, corpus = str(masked.bench.store), masked.bench.folder / "corpus.csv"
+    said = execute(PlanStore(store=store, teacher=str(masked_lm), signals="mlm.logits:float32"), StageContext()).summary
+    assert said["asked"]["bytes_by_part"]["mlm.logits"] >= 40 * 10 * 133 * 4 and said["tokens_per_s"] > 0
+    texts = {"teacher": str(masked_lm), "dataset": str(corpus), "text_column": "text", "max_length": 64}
+    again = execute(PlanStore(store=store, time=False, mask_share=0.15, **texts), StageContext()).summary
+    assert (again["asked"]["signals"], again["rows_new"]) == ("mlm.hidden:float32", 0)
+    with pytest.raises(RefusedError, match=r"no classification head, so it gives no logits[^\0]*mlm\.logits"):
+        execute(PlanStore(store=store), StageContext())
+
+
+@pytest.mark.parametrize("place", ["mlm.logits/c/1/0/0", "mlm.hidden/c/1/0", "token_ids/c/1", "store.json"])
+def test_a_store_of_masked_text_is_repaired_byte_for_byte(masked: Any, masked_lm: Path, files: Any, place: str) -> None:
+    masked(signals="mlm.logits:float16,mlm.hidden")
+    store = masked.bench.store
+    (file,) = store.glob(f"{place}*")
+    before, data = files(store), bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    outcome = execute(RepairStore(store=str(store), teacher=str(masked_lm), device="cpu"), StageContext())
+    assert outcome.failure is None and files(store) == before
