@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import RefusedError, VerificationError
+from ..pipeline.fingerprint import differing_fields
 from ..pipeline.store.lattice import route_to
 from ..pipeline.store.signal import Signal
 from ..pipeline.store.store import TeacherStore
@@ -172,6 +173,8 @@ def derivation_of(store: TeacherStore) -> Derivation:
     """The derivation by a store's own sidecars."""
     from transformers import AutoConfig
 
+    from .cache_teacher.identity import behaviour_config
+
     folder = store.sidecar_folder("config")
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -181,6 +184,13 @@ def derivation_of(store: TeacherStore) -> Derivation:
             details=[str(error).splitlines()[0][:200]],
             fix="capture the signals themselves: kd cache-teacher --signals ...",
         ) from error
+    said = store.identity.teacher.get("config")
+    if said is not None and (changed := differing_fields(said, behaviour_config(config))):
+        raise VerificationError(
+            f"the config.json that store {store.url} keeps is not its teacher's, and signals are derived by it",
+            details=changed,
+            fix=f"see what else is wrong with: kd store audit {store.url} --teacher TEACHER",
+        )
     return Derivation(config, str(store.identity.teacher.get("head")), store.sidecar)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.fingerprint import canonical_json, fingerprint
+from ...pipeline.fingerprint import canonical_json, differing_fields, fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,6 +107,16 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         **({"machinery": _machinery(tokenizer)} if getattr(tokenizer, "is_fast", False) else {}),
         "probes": fingerprint(_answers(tokenizer)),
     }
+
+
+def differing_behaviour(said: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """One line per thing that a tokenizer does otherwise than a store's identity says.
+
+    How its parts are written down is left out: that is up to the version of the library.
+    """
+    found = tokenizer_identity(tokenizer)
+    names = ("special_tokens", "vocabulary", "probes")
+    return differing_fields({name: said.get(name) for name in names}, {name: found[name] for name in names})
 
 
 def _machinery(tokenizer: Any) -> dict[str, Any]:

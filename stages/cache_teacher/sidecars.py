@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,8 @@ def sidecar_contents(teacher: Teacher, name: str) -> tuple[str, dict[str, bytes]
     from ...pipeline.store.sidecar import folder_files, tensor_files
 
     if is_of_tensors(name):
+        if not has_sidecar(teacher, name):
+            return None
         return "tensors", tensor_files(dict(tensors_of(teacher.load("auto"), name)))
     if name in PROOFS:
         return "files", {PROOF_FILE: proof_of(name)}
@@ -150,8 +153,13 @@ def sidecar_bytes(teacher: Teacher, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def is_of_tensors(name: str) -> bool:
-    """Whether a sidecar of that name holds tensors of the teacher."""
-    return name in SIDECARS or name.startswith(f"{ATTENTION}@")
+    """Whether a sidecar of that name holds tensors of a teacher."""
+    return name in SIDECARS or re.fullmatch(rf"{ATTENTION}@[1-9][0-9]{{0,2}}", name) is not None
+
+
+def has_sidecar(teacher: Teacher, name: str) -> bool:
+    """Whether a sidecar of tensors can be of this teacher: it has that layer."""
+    return int(name.partition("@")[2] or 0) <= teacher.num_layers
 
 
 def tensors_of(model: nn.Module, sidecar: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -71,7 +71,8 @@ class AuditStore(Stage):
         from ...pipeline.store import open_store
         from ...pipeline.store.sequential import SequentialTest
         from ..cache_teacher.capture import forget_teachers
-        from ..cache_teacher.teacher import describe_teacher, require_teacher_of
+        from ..cache_teacher.teacher import describe_teacher, require_teacher_of, resolve_device
+        from .audit_sidecars import check_sidecars
 
         store = open_store(self.store)
         teacher = describe_teacher(self.teacher, trust_remote_code=self.trust_remote_code).as_captured(store)
@@ -80,19 +81,21 @@ class AuditStore(Stage):
         checked = _check_texts(store, teacher, self._views(store), texts, self.max_rows, self.seed)
         audit = _Audit(store, SequentialTest(self.bad_share))
         try:
+            compared, bad_sidecars = check_sidecars(store, teacher, device=resolve_device(self.device))
             died = self._compare(store, teacher, audit, context)
         finally:
             forget_teachers()
             teacher.unload()
         summary = {
             "url": store.url,
-            "ok": not audit.bad and not checked.bad,
-            "verdict": _verdict(audit, checked),
+            "ok": not audit.bad and not checked.bad and not bad_sidecars,
+            "verdict": _verdict(audit, checked, bad_sidecars),
             "rows": len(audit.seen),
             "rows_in_store": audit.num_rows,
             "bad_rows": audit.bad,
             "signals": {name: figures.to_json() for name, figures in sorted(audit.figures.items())},
             "texts": {"checked": checked.count, "by": checked.by, "bad": checked.bad},
+            "sidecars": {"checked": compared, "bad": bad_sidecars},
             "confidence": 0.95,
             "bad_share": self.bad_share,
         }
@@ -173,6 +176,8 @@ class AuditStore(Stage):
                 )
         texts = summary["texts"]
         lines.append(f"  texts: {texts['checked']} {texts['by']}, {len(texts['bad'])} bad")
+        sidecars = summary["sidecars"]
+        lines.append(f"  sidecars: {', '.join(sidecars['checked']) or '(none)'}, {len(sidecars['bad'])} bad")
         return "\n".join(lines)
 
 
@@ -187,9 +192,11 @@ def _in_order(outcomes: Iterable[ShardOutcome[Any]]) -> Iterator[ShardOutcome[An
             following += 1
 
 
-def _verdict(audit: _Audit, checked: _Checked) -> str:
-    if audit.bad or checked.bad:
-        return f"{len(audit.bad)} rows are not what the teacher says" if audit.bad else "the tokenizer is another one"
+def _verdict(audit: _Audit, checked: _Checked, bad_sidecars: Sequence[str]) -> str:
+    if audit.bad:
+        return f"{len(audit.bad)} rows are not what the teacher says"
+    if checked.bad or bad_sidecars:
+        return "the tokenizer is another one" if checked.bad else "what it keeps of the teacher is not the teacher's"
     if len(audit.seen) == audit.num_rows:
         return "every row is what the teacher says"
     if audit.test.verdict:
@@ -207,6 +214,7 @@ def _failure(store: TeacherStore, summary: Mapping[str, Any]) -> KdError | None:
         for bad in summary["bad_rows"][:20]
     ]
     lines += [f"{bad['what']}" for bad in summary["texts"]["bad"][:10]]
+    lines += summary["sidecars"]["bad"][:10]
     return VerificationError(
         f"store {store.url} does not hold what its teacher says",
         details=lines,

@@ -150,16 +150,26 @@ class TeacherFacts:
         """The teacher's tokenizer."""
         from transformers import AutoTokenizer
 
+        from ...cache_teacher.identity import differing_behaviour
+
         folder = str(self.store.sidecar_folder("tokenizer"))
         try:
             # Never asks, never runs code: the store may be anybody's.
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            changed = differing_behaviour(self.store.identity.tokenizer, tokenizer)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise VerificationError(
                 f"the tokenizer that store {self.store.url} keeps cannot be opened",
                 details=[(str(error).strip().splitlines() or [type(error).__name__])[0][:300]],
                 fix="run kd cache-teacher with a new --store",
             ) from None
+        if changed:
+            raise VerificationError(
+                f"the tokenizer that store {self.store.url} keeps is not the one that its rows were made with",
+                details=changed,
+                fix="run kd cache-teacher with a new --store",
+            )
+        return tokenizer
 
     def require_sidecars(self, *names: str, needed_by: str) -> None:
         """Refuse unless the store keeps these teacher tensors.

@@ -12,15 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
+from safetensors.numpy import load, save
 
 from kd.pipeline.errors import RefusedError, UsageError, VerificationError
 from kd.pipeline.executor import ShardOutcome
+from kd.pipeline.fingerprint import canonical_json, fingerprint
 from kd.pipeline.ragged import Ragged
 from kd.pipeline.stage import Outcome, StageContext, execute
-from kd.pipeline.store import verify_store
+from kd.pipeline.store import open_store, verify_store
 from kd.stages.cache_teacher import CacheTeacher
 from kd.stages.cache_teacher.capture import CaptureJob
+from kd.stages.derivation import Derivation, derivation_of
 from kd.stages.store.audit import AuditStore
+from kd.stages.train_student.students import TeacherFacts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,3 +270,79 @@ def test_the_command_prints_error_beside_noise(
     assert "8 of 20 rows compared: none of these is bad" in text and "same label 100.0% (noise 100.0%)" in text
     assert main(["store", "audit", str(store), "--teacher", str(tiny_teacher), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["rows"] == 20
+
+
+@pytest.fixture
+def with_sidecars(make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store from whose last hidden states the logits are derived."""
+    original = CacheTeacher.__init__
+
+    def init(self: Any, **options: Any) -> None:
+        original(self, **options | {"sidecars": ("embeddings", "head", "attn_in@1")})
+
+    monkeypatch.setattr(CacheTeacher, "__init__", init)
+    return make_store(40, "hidden.cls@2")
+
+
+def forge(store: Path, name: str, edit: Callable[[Path], None]) -> None:
+    """Edit the files of a sidecar, and make its record fit them."""
+    folder = store / "sidecars" / name
+    edit(folder)
+    record = json.loads((folder / "record.json").read_bytes())
+    for file in record["files"]:
+        data = (folder / file).read_bytes()
+        record["files"][file] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+    del record["digest"]
+    record["digest"] = fingerprint(record)
+    (folder / "record.json").write_bytes(canonical_json(record) + b"\n")
+
+
+def of_another_teacher(folder: Path) -> None:
+    file = folder / "tensors.safetensors"
+    tensors = load(file.read_bytes())
+    file.write_bytes(save({name: value + np.float32(0.01) for name, value in tensors.items()}))
+
+
+def with_another_activation(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_eps": 0.5}))
+
+
+def with_words_exchanged(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"cat"', '"@@"').replace('"dog"', '"cat"').replace('"@@"', '"dog"'))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("head", of_another_teacher, "sidecar head is not this teacher's"),
+        ("attn_in@1", of_another_teacher, "sidecar attn_in@1 is not this teacher's: key.bias"),
+        ("config", with_another_activation, "sidecar config is not this teacher's: layer_norm_eps: 1e-12 → 0.5"),
+        ("tokenizer", with_words_exchanged, "sidecar tokenizer is not this teacher's"),
+    ],
+)
+def test_a_sidecar_that_is_not_this_teachers_is_found(
+    with_sidecars: Path, tiny_teacher: Path, name: str, edit: Callable[[Path], None], said: str
+) -> None:
+    forge(with_sidecars, name, edit)
+    assert verify_store(str(with_sidecars)).ok
+    outcome = audit(with_sidecars, tiny_teacher)
+    assert said in outcome.summary["sidecars"]["bad"][0] and not outcome.summary["bad_rows"]
+    assert isinstance(outcome.failure, VerificationError) and said in str(outcome.failure)
+    store = open_store(str(with_sidecars))
+    if name == "config":
+        with pytest.raises(VerificationError, match="not its teacher's, and signals are derived by it"):
+            derivation_of(store)
+    if name == "tokenizer":
+        with pytest.raises(VerificationError, match="not the one that its rows were made with"):
+            _ = TeacherFacts(store, {}).tokenizer
+
+
+def test_a_proof_is_tried_again(with_sidecars: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if somebody had put the proof of another teacher there: this one's head does something else."""
+    assert audit(with_sidecars, tiny_teacher).summary["sidecars"]["bad"] == []
+    monkeypatch.setattr(Derivation, "_logits", lambda self, first_BD: first_BD[:, :3])
+    outcome = audit(with_sidecars, tiny_teacher)
+    assert "logits does not follow from sidecar head" in outcome.summary["sidecars"]["bad"][0]
+    assert outcome.summary["verdict"] == "what it keeps of the teacher is not the teacher's"
