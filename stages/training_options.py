@@ -165,7 +165,7 @@ class TrainingOptions(Stage):
         """
         import torch
         from transformers import TrainingArguments
-        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
         given = {
             f.name: getattr(self, f.name)
@@ -201,7 +201,7 @@ class TrainingOptions(Stage):
         try:
             arguments = TrainingArguments(output_dir=str(output_dir), **values)
             # Refused here, and not after the model has been loaded.
-            for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            for reporter in get_reporting_integration_callbacks(arguments.report_to):  # type: ignore[no-untyped-call]
                 reporter()
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"transformers refuses the training arguments: {error}") from None
