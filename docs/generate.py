@@ -119,6 +119,13 @@ def _needs(short: list[dict[str, Any]], long: list[dict[str, Any]]) -> str:
     return "\n".join([head, "|---|---|---:|---:|---:|---:|---|---|", *rows, ""])
 
 
+PRESETS = """\
+A preset is what others trained such a student with. Options written beside it count instead
+(`bilstm:preset=tang:hidden_size=300`), as do those of the command (`--learning-rate 5e-4`); start and methods are the
+command's. [training.md](training.md#a-bilstm-as-others-trained-it) says what kd does in its own way.
+"""
+
+
 FITS = """\
 Which method is for which student, beside a teacher like BERT-base. Where widths differ a linear map is trained; a BERT
 with other heads than its teacher stands as `mobilebert` does. The BiLSTM has two layers: `pkd` and `rail-kd` leave the
@@ -160,7 +167,24 @@ def _entries(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         options = "<br>".join(f"`{name}={value}`" for name, value in entry.get("options", {}).items())
         rows.append(f"| `{entry['name']}` | {_cell(entry['summary'])} | {options} | {_cell(entry.get('source', ''))} |")
-    return "\n".join(["| name | what it does | options and defaults | source |", "|---|---|---|---|", *rows, ""])
+    rows.append("")
+    presets = [
+        f"| `{entry['name']}:preset={name}` | {_pairs(preset['options'])} | {_pairs(preset['training'])} | "
+        f"{_cell(preset['beside'])} | {_cell(preset['source'])} |"
+        for entry in entries
+        for name, preset in entry.get("presets", {}).items()
+        if preset["options"]
+    ]
+    return "\n".join(
+        [
+            *("| name | what it does | options and defaults | source |", "|---|---|---|---|", *rows, PRESETS),
+            *("| student | options | training | with | source |", "|---|---|---|---|---|", *presets, ""),
+        ]
+    )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return "<br>".join(f"`{name}={value}`" for name, value in values.items())
 
 
 def cli_page() -> str:

@@ -31,6 +31,11 @@ def _table(entries: list[dict[str, Any]]) -> str:
         if entry.get("options"):
             options = "  ".join(f"{name}={value}" for name, value in entry["options"].items())
             lines.append(f"{'':<{width}}  options: {options}")
+        for name, preset in entry.get("presets", {}).items():
+            values = "  ".join(f"{option}={value}" for option, value in preset["options"].items())
+            if values:
+                lines.append(f"{'':<{width}}  preset={name}: {values} ({preset['source']})")
+                lines.append(f"{'':<{width}}    with {preset['beside']}")
     return "\n".join(lines)
 
 

@@ -25,7 +25,6 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     SchedulerType,
-    Trainer,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
@@ -34,6 +33,7 @@ from ..pipeline.artifact import atomic_write_bytes
 from ..pipeline.errors import RefusedError
 from ..pipeline.stage import StageContext, StageResult
 from .metrics import LOWER_IS_BETTER, check_metric, main_metric, task_metrics
+from .optimizers import OptimizerTrainer
 from .predict import load_predictor, longest_input
 from .shuffled_batches import length_grouped_batches
 from .teacher_head import HEAD_ROWS, start_head
@@ -347,7 +347,7 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch.tolist()
 
 
-class TeacherTrainer(Trainer):
+class TeacherTrainer(OptimizerTrainer):
     """`Trainer` with length-grouped batches and a learning rate per depth."""
 
     def __init__(self, *, head_learning_rate: float, layer_decay: float, **kwargs: Any) -> None:

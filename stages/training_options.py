@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PANEL = "Training (Hugging Face TrainingArguments names)"
 CHECKPOINTS = "checkpoints"
 """Folder under `output_dir` that holds the checkpoints of an unfinished run."""
+ADADELTA = "adadelta"
+"""An optimiser that transformers has no name for; `optimizers.py` makes it."""
 _NOT_ARGUMENTS = {"early_stopping_patience", "resume_from_checkpoint"}
 
 
@@ -46,7 +48,9 @@ class TrainingOptions(Stage):
     lr_scheduler_type: str | None = option(
         None, help="Learning-rate schedule: linear, cosine, constant, constant_with_warmup, ...", panel=PANEL
     )
-    optim: str | None = option(None, help="Optimiser by its transformers name, such as adamw_torch.", panel=PANEL)
+    optim: str | None = option(
+        None, help="Optimiser by its transformers name, such as adamw_torch, or adadelta.", panel=PANEL
+    )
     adam_beta1: float | None = option(None, help="Adam's first decay rate.", panel=PANEL)
     adam_beta2: float | None = option(None, help="Adam's second decay rate.", panel=PANEL)
     adam_epsilon: float | None = option(None, help="Adam's epsilon.", panel=PANEL)
@@ -198,6 +202,9 @@ class TrainingOptions(Stage):
                 values["save_steps"] = given.get("save_steps", values.get("eval_steps", values["save_steps"]))
         if values.get("max_steps", -1) > 0:
             values.setdefault("num_train_epochs", 1.0)
+        named = values.pop("optim", None)
+        if named not in (None, ADADELTA):
+            values["optim"] = named
         try:
             arguments = TrainingArguments(output_dir=str(output_dir), **values)
             # Refused here, and not after the model has been loaded.
@@ -205,6 +212,9 @@ class TrainingOptions(Stage):
                 reporter()
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"transformers refuses the training arguments: {error}") from None
+        if named == ADADELTA:
+            # It would be refused as an argument; whoever trains makes it by this name.
+            arguments.optim = named
         return arguments
 
 

@@ -36,19 +36,26 @@ class LoadedStudent(NamedTuple):
     def __call__(
         self, texts: Sequence[str], second_texts: Sequence[str] | None = None, *, batch_size: int = 64
     ) -> np.ndarray:
-        """float32 [N, C] logits of texts, or of pairs with `second_texts`, in their order."""
+        """float32 [N, C] logits of texts, or of pairs with `second_texts`, in their order.
+
+        Texts of similar length are batched together, so that little of a batch is padding.
+        """
         import numpy as np
         import torch
 
-        logits = [np.empty((0, len(self.label_names)), np.float32)]
-        for start in range(0, len(texts), batch_size):
-            first = list(texts[start : start + batch_size])
-            second = None if second_texts is None else list(second_texts[start : start + batch_size])
-            inputs = self.tokenizer(first, second, padding=True, truncation=True, return_tensors="pt")
+        sides = [texts] if second_texts is None else [texts, second_texts]
+        lengths = [sum(map(len, row)) for row in zip(*sides, strict=True)]
+        order = np.argsort(lengths, kind="stable")
+        logits_NC = np.empty((len(order), len(self.label_names)), np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = self.tokenizer(
+                *([side[row] for row in rows] for side in sides), padding=True, truncation=True, return_tensors="pt"
+            )
             with torch.inference_mode():
                 output = self.model(**inputs.to(self.model.device))
-            logits.append(output.logits.float().cpu().numpy())
-        return np.concatenate(logits)
+            logits_NC[rows] = output.logits.float().cpu().numpy()
+        return logits_NC
 
 
 def load_student(path: str | Path, *, device: str = "cpu") -> LoadedStudent:

@@ -61,8 +61,13 @@ class Registry(Generic[Part]):
 
         Raises:
             UsageError: an unknown name or option, or a value of the wrong type; near matches are named.
+
+        A part with `presets` takes the options of the one that its option `preset` names, but for those given.
         """
         part = self[name]
+        presets = getattr(part, "presets", {})
+        if options.get("preset") in presets:
+            options = {**presets[options["preset"]].options, **options}
         kinds = get_type_hints(part)
         known = [f.name for f in dataclasses.fields(part)]  # type: ignore[arg-type]
         values: dict[str, Any] = {}
@@ -77,7 +82,8 @@ class Registry(Generic[Part]):
         """One entry per part, by name.
 
         Returns:
-            `name`, `summary` and `about` (first line and rest of the docstring), `options` (name to default), `source`.
+            `name`, `summary` and `about` (first line and rest of the docstring), `options` (name to default), `source`;
+            `presets` (by name, their fields), where it has some.
         """
         return [
             {
@@ -86,9 +92,19 @@ class Registry(Generic[Part]):
                 "about": inspect.cleandoc(self._parts[name].__doc__ or "").partition("\n")[2].strip(),
                 "options": {f.name: f.default for f in dataclasses.fields(self._parts[name])},  # type: ignore[arg-type]
                 "source": getattr(self._parts[name], "source", ""),
+                **_presets(self._parts[name]),
             }
             for name in self
         ]
+
+
+def _presets(part: type) -> dict[str, Any]:
+    presets = getattr(part, "presets", None)
+    if not presets:
+        return {}
+    # As they are: `asdict` would copy mappings that cannot be.
+    fields = {name: vars(preset) for name, preset in presets.items()}
+    return {"presets": fields}
 
 
 def split_options(text: str, noun: str) -> tuple[str, list[str], dict[str, str]]:

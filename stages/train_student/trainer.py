@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
 from ..derivation import Derivation, with_last_hidden_state
+from ..optimizers import OptimizerTrainer
 from .attention_watch import AttentionWatch, watch_attention
 from .convergence import ConvergenceCallback
 from .loader import BatchLoader, gather_ahead
@@ -153,7 +154,7 @@ def _head_at(student: PreTrainedModel, positions_BM: Tensor | None) -> Iterator[
         hook.remove()
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(OptimizerTrainer):
     """A `Trainer` over a `Distillation`.
 
     Args:

@@ -90,7 +90,7 @@ def train_student(prepared: Preparation, context: StageContext, ranks: TrainingR
         found = [*place.folders, checkpoint]
         ranks.require_alike({"inputs": prepared.fingerprints, "checkpoint": ", ".join(map(str, found))})
     started = time.perf_counter()
-    tokenizer = prepared.student.make_tokenizer(prepared.teacher, lambda: _texts(prepared))
+    tokenizer = prepared.student.make_tokenizer(prepared.start, prepared.teacher, lambda: _texts(prepared))
     set_seed(stage.seed)
     build = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer)
     data = make_data(prepared, tokenizer, build.model)

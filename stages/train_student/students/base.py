@@ -230,8 +230,11 @@ class Student(ABC):
     """Kinds of start it can make; the first is its default."""
     general: ClassVar[bool] = False
     """Whether it can be trained on text without labels, for a task to be named later."""
-    training: ClassVar[Mapping[str, Any]] = {}
-    """`TrainingArguments` it does well with, for what the user leaves open."""
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """`TrainingArguments` it does well with, for what the user leaves open."""
+        return {}
 
     def require_sizes(self, **least: int) -> None:
         """Refuse options below their least value, and a dropout that is no share; a student calls it when it is made.
@@ -288,7 +291,9 @@ class Student(ABC):
         """Heads of its attention, and the width of its queries, keys and values; (0, 0) where it has none."""
         return 0, 0
 
-    def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
+    def make_tokenizer(
+        self, start: Start, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]
+    ) -> PreTrainedTokenizerBase:
         """The student's tokenizer; `texts` gives the training texts when it has to be learned."""
         return teacher.tokenizer
 

@@ -93,7 +93,7 @@ class Checkpoint(Student):
     def widths(self, start: Start, teacher: TeacherFacts, task: Task) -> tuple[tuple[int, ...], tuple[int, ...]]:
         config = self.config
         if config.model_type == "kd-bilstm":
-            token = (config.embedding_size, *[2 * config.hidden_size] * config.num_hidden_layers)
+            token = (config.input_size, *[2 * config.hidden_size] * config.num_hidden_layers)
             return token, tuple((4 if config.pair else 1) * width for width in token)
         widths = (int(config.hidden_size),) * (int(config.num_hidden_layers) + 1)
         return widths, widths
@@ -103,7 +103,9 @@ class Checkpoint(Student):
         bottleneck = self.config.model_type == "mobilebert"
         return heads, int(self.config.true_hidden_size if bottleneck else self.config.hidden_size) if heads else 0
 
-    def make_tokenizer(self, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]) -> PreTrainedTokenizerBase:
+    def make_tokenizer(
+        self, start: Start, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]
+    ) -> PreTrainedTokenizerBase:
         return self.tokenizer
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:

@@ -5,6 +5,7 @@ Dimension key: V rows of a vocabulary, D features.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from ....pipeline.errors import RefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+WORD_BEGINS = ("Ġ", "▁")
+"""How byte-level BPE and SentencePiece mark a piece that begins a word."""
 
 
 def standardized(table_VD: np.ndarray) -> np.ndarray:
@@ -68,6 +72,17 @@ def table_for_words(words: Sequence[str], table_VD: np.ndarray, tokenizer: PreTr
     return np.asarray(sums / np.maximum(lengths, 1)[:, None], np.float32)
 
 
+def words_of_pieces(pieces: Sequence[str]) -> list[str]:
+    """What each piece of a tokenizer is called in a file of words; "" for what only goes on with a word.
+
+    Tokenizers mark either what begins a word (byte-level BPE and SentencePiece) or what goes on with one (WordPiece).
+    """
+    begins = [piece.startswith(WORD_BEGINS) for piece in pieces]
+    if 10 * sum(begins) < len(pieces):
+        return ["" if piece.startswith("##") else piece for piece in pieces]
+    return [piece[1:] if begun else "" for piece, begun in zip(pieces, begins, strict=True)]
+
+
 def read_vectors(path: str | Path) -> tuple[list[str], np.ndarray]:
     """Words and their vectors, from a Parquet file (columns `word`, `vector`) or text (`word v1 v2 ...` per line).
 
@@ -86,6 +101,32 @@ def read_vectors(path: str | Path) -> tuple[list[str], np.ndarray]:
     if not words or vectors_VD.ndim != 2 or not vectors_VD.shape[1] or not np.isfinite(vectors_VD).all():
         raise RefusedError(f"word vectors {path}: no table of finite numbers in it")
     return words, vectors_VD
+
+
+def read_words(path: str | Path, count: int) -> list[str]:
+    """The first words of a file of word vectors, in their order, without their vectors.
+
+    Raises:
+        RefusedError: not there, or another format.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise RefusedError(f"word vectors {path}: no such file")
+    if _is_parquet(path):
+        import pyarrow.parquet as parquet
+
+        with parquet.ParquetFile(path) as file:
+            if "word" not in file.schema_arrow.names:
+                raise RefusedError(f"word vectors {path}: there is no column word")
+            batches = file.iter_batches(batch_size=min(count, 65_536), columns=["word"])
+            return [*itertools.islice((word for batch in batches for word in batch["word"].to_pylist()), count)]
+    try:
+        with path.open(encoding="utf-8") as lines:
+            first = lines.readline()
+            rest = lines if len(first.split()) == 2 else itertools.chain([first], lines)
+            return [line.partition(" ")[0] for line in itertools.islice(rest, count)]
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"word vectors {path} cannot be read as text: {error}") from None
 
 
 def vector_width(path: str | Path) -> int:

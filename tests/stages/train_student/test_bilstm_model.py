@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from kd.stages.train_student import bilstm_model
 from kd.stages.train_student.bilstm_model import BiLstmConfig, BiLstmForSequenceClassification
 
 SEP, CLS = 3, 2
@@ -38,10 +40,78 @@ def batch(lengths: list[int], width: int | None = None, seed: int = 0) -> tuple[
     return torch.randint(4, 50, (len(lengths), width), generator=generator) * mask, mask.long()
 
 
-POOLINGS = ["max", "mean", "last"]
+POOLINGS = ["max", "mean", "last", "attention"]
 
 
+class Oracle:
+    """The model in float64 numpy, one text and one token at a time, from its tensors by name."""
+
+    def __init__(self, model: BiLstmForSequenceClassification) -> None:
+        self.config = model.config
+        self.tensors = {name: value.double().numpy() for name, value in model.state_dict().items()}
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        if not self.config.pair:
+            sentence = self.sentence(ids)
+        else:
+            cut = ids.index(SEP)
+            first, second = ([i for i in side if i not in (CLS, SEP)] for side in (ids[:cut], ids[cut:]))
+            u, v = self.sentence(first), self.sentence(second)
+            sentence = np.concatenate([u, v, abs(u - v), u * v])
+        if self.config.head_size:
+            sentence = np.maximum(self.linear("head", sentence), 0.0)
+        return self.linear("classifier", sentence)
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        return self.tensors[f"{name}.weight"] @ x + self.tensors[f"{name}.bias"]
+
+    def sentence(self, ids: list[int]) -> np.ndarray:
+        tables = ["static_embeddings", "embeddings"] if self.config.multichannel else ["embeddings"]
+        states = [np.concatenate([self.tensors[f"{table}.weight"][i] for table in tables]) for i in ids]
+        for layer in range(self.config.num_hidden_layers):
+            there = self.direction(f"layers.{layer}.forward_lstm", states)
+            back = self.direction(f"layers.{layer}.backward_lstm", states[::-1])[::-1]
+            states = [np.concatenate(both) for both in zip(there, back, strict=True)]
+        if self.config.pooling == "last":
+            return np.concatenate([there[-1], back[0]])
+        if self.config.pooling == "attention":
+            weights = np.exp([(self.tensors["attention.weight"] @ np.tanh(state)).item() for state in states])
+            return np.asarray(weights / weights.sum() @ np.stack(states))
+        return {"max": np.max, "mean": np.mean}[self.config.pooling](np.stack(states), axis=0)
+
+    def direction(self, name: str, states: list[np.ndarray]) -> list[np.ndarray]:
+        of_input, of_state, bias, bias_2 = (
+            self.tensors[f"{name}.{kind}_l0"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        h = c = np.zeros(self.config.hidden_size)
+        found = []
+        for state in states:
+            i, f, g, o = np.split(of_input @ state + of_state @ h + bias + bias_2, 4)
+            c = c / (1 + np.exp(-f)) + np.tanh(g) / (1 + np.exp(-i))
+            h = np.tanh(c) / (1 + np.exp(-o))
+            found.append(h)
+        return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("pooling", POOLINGS)
+def test_logits_are_those_of_the_equations(
+    pooling: str, pair: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bilstm_model, "PACKED_COST", 0.0 if packed else 1e9)
+    layers, head = (2, 5) if pair else (1, 0)
+    model = make(pooling=pooling, pair=pair, num_hidden_layers=layers, head_size=head, multichannel=pair)
+    rows = [[CLS, 11, 12, 13, 14, SEP, 20, SEP], [CLS, 31, SEP, 32, 33, SEP], [CLS, 40, SEP, 41, SEP]]
+    ids = torch.zeros(3, 8, dtype=torch.int64)
+    for row, its in enumerate(rows):
+        ids[row, : len(its)] = torch.tensor(its)
+    expected = np.stack([Oracle(model).logits(row) for row in rows])
+    found = model(ids, (ids != 0).long()).logits.detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "last"])
 def test_states_and_pooling_equal_a_packed_bidirectional_lstm(pooling: str) -> None:
     model = make(pooling=pooling, head_size=0)
     lstm = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
@@ -94,6 +164,71 @@ def test_rows_without_tokens_are_safe_and_alike(pooling: str, pair: bool) -> Non
     torch.testing.assert_close(logits[1], logits[2])
     model.train()(ids, mask, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def mostly_padding(pair: bool) -> tuple[Tensor, Tensor]:
+    """One long text, three short ones and one without tokens."""
+    ids, mask = batch([12, 2, 3, 4, 0], width=14)
+    if pair:
+        ids[:4, 0], ids[0, 9], ids[1:4, 1] = CLS, SEP, SEP
+    return ids, mask
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_batch_of_mostly_padding_is_packed_and_comes_out_the_same(
+    pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    original = bilstm_model.pack_padded_sequence
+    monkeypatch.setattr(
+        bilstm_model, "pack_padded_sequence", lambda *args, **kw: packed.append(1) or original(*args, **kw)
+    )
+    model = make(pair=pair, num_hidden_layers=2, dropout=0.0).train()
+    ids, mask = mostly_padding(pair)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+
+    def outcome() -> list[Tensor]:
+        model.zero_grad()
+        output = model(ids, mask, labels=labels, output_hidden_states=True)
+        output.loss.backward()
+        return [output.logits, *output.hidden_states, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    there = outcome()
+    assert len(packed) == 4  # two layers, two directions
+    monkeypatch.setattr(bilstm_model, "PACKED_COST", 1e9)
+    for ours, theirs in zip(there, outcome(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    assert len(packed) == 4
+
+
+def test_batches_of_one_length_and_single_texts_are_not_packed() -> None:
+    masks = [torch.arange(9) < torch.tensor(lengths)[:, None] for lengths in ([9, 8, 8], [3], [9, 5, 5])]
+    assert all(bilstm_model._lengths_to_pack(mask) is None for mask in masks)
+    few = bilstm_model._lengths_to_pack(torch.arange(9) < torch.tensor([9, 2, 0])[:, None])
+    assert few is not None and few.tolist() == [9, 2, 1]
+
+
+def test_a_graph_that_is_traced_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert bilstm_model._lengths_to_pack(torch.arange(9) < torch.tensor([9, 2, 0])[:, None]) is None
+
+
+def test_attention_that_has_learned_nothing_is_the_mean() -> None:
+    model, ids_and_mask = make(pooling="attention"), batch([7, 3])
+    mean = make(pooling="mean")
+    mean.load_state_dict({n: v for n, v in model.state_dict().items() if n != "attention.weight"})
+    with torch.no_grad():
+        model.attention.weight.zero_()
+    torch.testing.assert_close(model(*ids_and_mask).logits, mean(*ids_and_mask).logits)
+
+
+def test_the_second_channel_is_not_trained() -> None:
+    model = make(multichannel=True).train()
+    ids, mask = batch([5, 3])
+    model(ids, mask).logits.sum().backward()
+    assert model.static_embeddings.weight.grad is None and model.embeddings.weight.grad.any()
+    output = model(ids, mask, output_hidden_states=True)
+    assert output.hidden_states[0].shape[-1] == 16 == model.config.input_size
 
 
 def test_padding_gets_no_gradient() -> None:
@@ -152,11 +287,21 @@ def test_parameters_are_counted_as_in_the_paper() -> None:
     model = make(vocab_size=10, embedding_size=300, hidden_size=150, head_size=200, num_labels=2)
     assert count(model.layers) == 542_400
     assert count(model.head) + count(model.classifier) == 60_602
+    both = make(vocab_size=10, embedding_size=300, hidden_size=150, num_labels=2, multichannel=True)
+    assert count(both.layers) == 902_400
     pair = make(vocab_size=10, embedding_size=300, hidden_size=150, head_size=200, num_labels=3, pair=True)
     assert count(pair.head) + count(pair.classifier) == 240_803
 
 
-@pytest.mark.parametrize("changes", [{}, {"pair": True, "num_hidden_layers": 2}, {"head_size": 0, "pooling": "last"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pair": True, "num_hidden_layers": 2, "multichannel": True},
+        {"head_size": 0, "pooling": "last"},
+        {"pooling": "attention"},
+    ],
+)
 def test_a_saved_model_opens_with_the_auto_classes_bit_for_bit(changes: dict[str, object], tmp_path: Path) -> None:
     model = make(id2label={0: "a", 1: "b", 2: "c"}, **changes)
     model.save_pretrained(tmp_path)
@@ -168,6 +313,18 @@ def test_a_saved_model_opens_with_the_auto_classes_bit_for_bit(changes: dict[str
         assert torch.equal(ours, theirs), name
     ids, mask = batch([5, 3])
     assert torch.equal(model(ids, mask).logits, again(ids, mask).logits)
+
+
+def test_a_folder_of_before_there_were_further_fields_opens_as_it_was(tmp_path: Path) -> None:
+    model = make(head_size=0, pooling="last")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["multichannel"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, missing = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(missing[name] for name in ("missing_keys", "unexpected_keys"))
+    ids, mask = batch([5, 3])
+    assert torch.equal(model(ids, mask).logits, again.eval()(ids, mask).logits)
 
 
 def test_labels_give_the_loss_of_the_problem_type() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import kd
 from kd.pipeline.errors import RefusedError
 from kd.pipeline.stage import StageContext, execute
 from kd.stages.train_student import TrainStudent
-from kd.stages.train_student.trainer import Distillation
+from kd.stages.train_student.trainer import Distillation, StudentTrainer
 
 SMALL = "bilstm:hidden_size=6:head_size=8"
 
@@ -463,6 +464,22 @@ def test_a_checkpoint_that_cannot_be_trained_is_refused(
         (student / "model.safetensors").write_bytes(b"half")
     with pytest.raises(RefusedError, match=words):
         train(view, tmp_path / "run", student=str(student))
+
+
+def test_a_preset_trains_as_it_says(view: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    student = "bilstm:preset=tang:hidden_size=6:embedding_size=8"
+    train(view, run, student=student, method=("logit-mse",), max_steps=3, per_device_train_batch_size=None)
+    resolved = yaml.safe_load((run / "resolved_config.yaml").read_text())
+    expected = {"optim": "adadelta", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    assert {name: resolved[name] for name in expected} == expected and resolved["per_device_train_batch_size"] == 50
+    given = SimpleNamespace(optim="adadelta", learning_rate=1.0)
+    assert StudentTrainer.get_optimizer_cls_and_kwargs(given) == (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.95})
+    loaded = kd.load_student(run)
+    tables = [loaded.model.get_parameter(f"{name}.weight") for name in ("embeddings", "static_embeddings")]
+    assert loaded.model.config.pooling == "last" and not torch.equal(*tables)
+    texts = [view.texts[0] * 5, "the cat", view.texts[1], "a", view.texts[2] * 2]
+    np.testing.assert_allclose(loaded(texts, batch_size=2), [loaded([text])[0] for text in texts], atol=1e-6)
 
 
 def test_a_checkpoint_is_a_student_too(view: Any, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,18 @@ from kd.stages.train_student.students import (
     parse_student,
     students,
 )
-from kd.stages.train_student.students.bilstm import word_tokenizer
-from kd.stages.train_student.students.starts import read_vectors, reduced, standardized, vector_width
+from kd.stages.train_student.students.bilstm import BiLstm, word_tokenizer
+from kd.stages.train_student.students.bilstm_presets import PRESETS
+from kd.stages.train_student.students.starts import (
+    read_vectors,
+    read_words,
+    reduced,
+    standardized,
+    vector_width,
+    words_of_pieces,
+)
 
+BUILT = ("tang", "paddle", "inc")
 TASK = Task("single-label", ("negative", "neutral", "positive"), pair=False)
 
 
@@ -46,7 +56,7 @@ def build(
 ) -> Any:
     student.check(start, teacher, task)
     torch.manual_seed(seed)
-    tokenizer = student.make_tokenizer(teacher, lambda: texts or [])
+    tokenizer = student.make_tokenizer(start, teacher, lambda: texts or [])
     return student.build(start, teacher, task, tokenizer).model.eval(), tokenizer
 
 
@@ -59,6 +69,11 @@ def build(
         ("bilstm:hidden_size=0", "expected 1 or more"),
         ("bilstm:dropout=1", "expected 0 to below 1"),
         ("bilstm:300", "'300' in the student"),
+        ("bilstm:preset=tng", "did you mean 'tang'?"),
+        ("bilstm:pooling=median", "expected one of max, mean, last, attention"),
+        ("bilstm:max_words=4", "expected 5 or more"),
+        ("bilstm:static=true:multichannel=true", "exclude each other"),
+        ("bilstm:file_words=10", "--student bilstm:units=words"),
         ("bert:num_layers=two", "expected a whole number"),
         ("bert:num_layers=-1", "'num_layers' of student 'bert' is -1; expected 0 or more"),
         ("bert:dropout=2", "'dropout' of student 'bert' is 2; expected 0 to below 1"),
@@ -94,6 +109,8 @@ CASES = [
     ("bilstm", "random", False),
     ("bilstm:num_layers=2:embedding_size=20:hidden_size=7", "embeddings", False),
     ("bilstm:hidden_size=7", "embeddings", True),
+    ("bilstm:multichannel=true:hidden_size=7:pooling=attention", "embeddings", True),
+    ("bilstm:embedding_size=40:hidden_size=7:pooling=last", "embeddings", False),
     ("bilstm:units=words:hidden_size=7", "random", False),
     ("bilstm:units=words:hidden_size=7", "embeddings", True),
     ("bert:num_layers=1", "embeddings", False),
@@ -178,6 +195,94 @@ def test_own_words_start_from_the_mean_of_the_teachers_pieces(view: Any) -> None
     assert not rows["[PAD]"].any()
 
 
+def test_a_wider_student_keeps_the_whole_table_and_starts_the_rest_at_random(view: Any) -> None:
+    teacher = facts(view)
+    model, _ = build(parse_student("bilstm:embedding_size=40"), Start("embeddings"), teacher)
+    weight = model.embeddings.weight.detach().numpy()
+    assert np.array_equal(weight[1:, :32], standardized(teacher.word_table())[1:])
+    assert np.abs(weight[1:, 32:]).max() <= 0.25 and weight[1:, 32:].std() > 0.1 and not weight[0].any()
+
+
+def test_both_channels_start_alike_and_one_of_them_is_trained(view: Any) -> None:
+    model, _ = build(parse_student("bilstm:multichannel=true:embedding_size=20"), Start("embeddings"), facts(view))
+    assert torch.equal(model.static_embeddings.weight, model.embeddings.weight)
+    assert model.embeddings.weight.requires_grad and not model.static_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["kd", *BUILT])
+def test_a_preset_is_what_was_published_but_for_what_is_written_beside_it(name: str) -> None:
+    student = parse_student(f"bilstm:preset={name}:hidden_size=9")
+    assert isinstance(student, BiLstm) and student.hidden_size == 9
+    expected = {**PRESETS[name].options, "hidden_size": 9, "preset": name}
+    assert {option: getattr(student, option) for option in expected} == expected
+    assert student.training == PRESETS[name].training
+    plain = parse_student("bilstm:hidden_size=9")
+    others = {field.name for field in dataclasses.fields(BiLstm)} - {*expected}
+    assert all(getattr(student, option) == getattr(plain, option) for option in others)
+
+
+def test_the_presets_have_the_sizes_of_their_sources(view: Any) -> None:
+    teacher, start = facts(view), Start("embeddings")
+    vocabulary = ["the cat likes rain"]
+    sizes = {}
+    for name in BUILT:
+        model, _ = build(parse_student(f"bilstm:preset={name}"), start, teacher, vocabulary)
+        sizes[name] = sum(p.numel() for part, p in model.named_parameters() if "embeddings" not in part)
+    # 4 (300 + 300 + 2) weights for each of 300 units and directions, and the like; of three classes.
+    assert sizes == {
+        "tang": 902_400 + 60_803,
+        "paddle": 2 * 4 * 300 * (300 + 300 + 2) + 300 * 601 + 3 * 301,
+        "inc": 2 * 4 * 64 * (50 + 64 + 2) + 2 * 4 * 64 * (128 + 64 + 2) + 3 * 129,
+    }
+    assert parse_student("bilstm:preset=tang").default_start() == start
+
+
+def test_a_vocabulary_takes_words_of_a_file_after_those_of_the_texts(view: Any, vector_file: Path) -> None:
+    teacher, start = facts(view), parse_start(f"vectors:{vector_file}")
+    student = parse_student("bilstm:units=words:hidden_size=5:file_words=5")
+    model, tokenizer = build(student, start, teacher, ["the cat [MASK]"])
+    assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__) == [
+        *("[PAD]", "[UNK]", "[SEP]", "[MASK]", "cat", "the", "likes", "london"),
+    ]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("The London rain [MASK]")["input_ids"]) == [
+        *("the", "london", "[UNK]", "[MASK]"),
+    ]
+    london = model.embeddings.weight[7].detach().numpy()
+    np.testing.assert_allclose(london, standardized(read_vectors(vector_file)[1])[4])
+    assert read_words(vector_file, 3) == ["Cat", "the", "likes"]
+
+
+def test_pieces_that_are_words_start_from_word_vectors(view: Any, vector_file: Path, tmp_path: Path) -> None:
+    teacher, start = facts(view), parse_start(f"vectors:{vector_file}")
+    model, tokenizer = build(parse_student("bilstm:embedding_size=6"), start, teacher)
+    row = model.embeddings.weight[tokenizer.convert_tokens_to_ids("likes")].detach().numpy()
+    np.testing.assert_allclose(row[:4], standardized(read_vectors(vector_file)[1])[2])
+    (tmp_path / "other.txt").write_text("zzyzx 1 2\nqwrt 3 1\n")
+    with pytest.raises(RefusedError, match="none of the"):
+        build(parse_student("bilstm"), parse_start(f"vectors:{tmp_path / 'other.txt'}"), teacher)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["[CLS]", "the", "##s", "Cat"], ["[CLS]", "the", "", "Cat"]),
+        (["<s>", "\u0120the", "s", "\u0120cat"], ["", "the", "", "cat"]),
+        (["<s>", "\u2581the", "s"], ["", "the", ""]),
+    ],
+)
+def test_a_piece_is_a_word_where_it_begins_one(pieces: list[str], words: list[str]) -> None:
+    assert words_of_pieces(pieces) == words
+
+
+def test_pairs_without_a_separator_are_refused_before_training(view: Any) -> None:
+    teacher = facts(view)
+    teacher.tokenizer.sep_token = None
+    pairs = Task("single-label", TASK.label_names, pair=True)
+    with pytest.raises(RefusedError, match="no separator token"):
+        parse_student("bilstm").check(Start("random"), teacher, pairs)
+    parse_student("bilstm:units=words").check(Start("random"), teacher, pairs)
+
+
 @pytest.fixture(params=["parquet", "text", "word2vec"])
 def vector_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     words = ["Cat", "the", "likes", "the", "London"]
@@ -202,7 +307,7 @@ def test_word_vectors_start_the_words_they_know(view: Any, vector_file: Path) ->
     assert vector_width(vector_file) == 4
     assert student.widths(start, teacher, TASK)[0] == (4, 10)
     student.check(start, teacher, TASK)
-    tokenizer = student.make_tokenizer(teacher, lambda: ["the cat likes rain"])
+    tokenizer = student.make_tokenizer(start, teacher, lambda: ["the cat likes rain"])
     built = student.build(start, teacher, TASK, tokenizer)
     table = standardized(vectors)
     row = {word: built.model.embeddings.weight[i].detach().numpy() for word, i in tokenizer.get_vocab().items()}
@@ -290,9 +395,11 @@ def test_a_mobilebert_keeps_its_padding_row_at_zero(view: Any) -> None:
     ("text", "start", "words"),
     [
         ("bilstm", "layers:1", "cannot start from layers:1"),
-        ("bilstm", "vectors:x", "--student bilstm:units=words"),
-        ("bilstm:static=true", "random", "never be trained"),
-        ("bilstm:embedding_size=64", "embeddings", "has width 32"),
+        ("bilstm", "vectors:x", "no such file"),
+        ("bilstm:static=true", "random", "static=false"),
+        ("bilstm:preset=tang", "random", "multichannel=false"),
+        ("bilstm:static=true:embedding_size=64", "embeddings", "has width 32"),
+        ("bilstm:units=words:file_words=9", "random", "--init vectors:FILE"),
         ("bert", "layers:3", "the teacher has layers 1 to 2"),
         ("bert:num_layers=3", "layers:1", "names 1 layers, and num_layers is 3"),
         ("bert:hidden_size=18", "layers:1", "hidden_size=16 or 20"),
