@@ -49,9 +49,17 @@ def follow(project: Path) -> None:
             file.write_text(text, encoding="utf-8")
 
 
+COMMANDS = """
+from kd.cli import main
+assert main(["methods"]) == 0
+print("---")
+assert main(["run", "workflows/methods/token-similarity.yaml", "--dry-run"]) == 0
+"""
+
+
 def run(project: Path, *words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(project / ".links"), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-m", *words], cwd=project, env=environment, text=True, capture_output=True)
+    ran = subprocess.run([sys.executable, *words], cwd=project, env=environment, text=True, capture_output=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return ran.stdout
 
@@ -60,13 +68,22 @@ def run(project: Path, *words: str) -> str:
 def test_a_method_added_as_the_page_says_is_listed_tested_and_has_a_recipe(tmp_path: Path) -> None:
     project = copy_of_the_project(tmp_path)
     follow(project)
-    assert "token-similarity  Match the cosines" in run(project, "kd", "methods")
-    tests = ["pytest", "-q", "-p", "no:cacheprovider", "tests/stages/train_student/methods", "-k", "token-similarity"]
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/stages/train_student/methods",
+        "-k",
+        "token-similarity",
+    ]
     passed = re.search(r"(\d+) passed", run(project, *tests))
     assert passed is not None and int(passed[1]) >= 9, "fewer tests than the page promises"
-    steps = run(project, "kd", "run", "workflows/methods/token-similarity.yaml", "--dry-run")
+    listed, steps = run(project, "-c", COMMANDS).split("---")
+    assert "token-similarity  Match the cosines" in listed
     assert "token-similarity" in steps
-    run(project, "ruff", "check", "stages/train_student/methods", "tests/stages/train_student/methods")
+    run(project, "-m", "ruff", "check", "stages/train_student/methods", "tests/stages/train_student/methods")
 
 
 def test_the_page_has_one_file_one_line_one_test_and_one_recipe() -> None:
