@@ -55,9 +55,8 @@ class TrainTeacher(TrainingOptions):
     label_seed: int = option(0, help="Which rows keep their label.", panel=LABELS)
     head: str = option(
         "auto",
-        help="Start of the head: random, fitted (to the frozen encoder), aligned (fitted, after the first token has "
-        "learned the mean of all tokens), or auto: the checkpoint's own, where it was trained for these very labels, "
-        "else aligned, where left-out rows speak for it.",
+        help="Start: random; fitted to the frozen encoder; aligned: fitted, once the first token means all; "
+        "auto: the checkpoint's own for these labels, else aligned where left-out rows favour it.",
         panel=HEAD,
         choices=("auto", "aligned", "fitted", "random"),
     )

@@ -168,7 +168,11 @@ def warm_python() -> Iterator[str]:
         client.write_text(runpy.run_path(str(source))["CLIENT"].format(python=sys.executable, socket=str(place)))
         client.chmod(0o755)
         command = [sys.executable, str(source), str(place)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        # kd says so to torch before it imports it, which is too late here.
+        environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as server:
             assert server.stdin is not None and server.stdout is not None
             assert server.stdout.readline() == "ready\n"
             yield str(client)
