@@ -40,8 +40,9 @@ def take_turns(
     returns a mapping stands for several that took turns by themselves: what each of those took, by name.
     """
     seconds: dict[str, list[float]] = {}
-    for number in range(0 if warm_up else 1, rounds + 1):
-        for name in [*ways][:: -1 if number % 2 else 1]:
+    first = 0 if warm_up else 1
+    for number in range(first, rounds + 1):
+        for name in [*ways][:: -1 if (number - first) % 2 else 1]:
             started = clock()
             done = ways[name]()
             spent = clock() - started

@@ -51,6 +51,7 @@ def test_ways_go_backwards_in_every_other_round(monkeypatch: pytest.MonkeyPatch)
     ways = {name: lambda name=name: turns.append(name) or Timed(1.0) for name in "ab"}
     assert take_turns(ways, rounds=2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert "".join(turns) == "ab" + "ba" + "ab"
+    assert [*take_turns(ways, rounds=1, warm_up=False)] == ["a", "b"]  # `compared` takes the first for kd
 
 
 @pytest.mark.slow
