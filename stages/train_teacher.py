@@ -113,6 +113,8 @@ class TrainTeacher(TrainingOptions):
         corpus = self._originals()
         corpus = corpus.replaced(table=corpus.table.filter(corpus.table["has_gold"]))
         where = self.corpus or self.dataset
+        if corpus.info.task == "token":
+            raise RefusedError(f"{where} holds lists of words: teachers of token tasks are not trained yet")
         if not len(corpus):
             raise RefusedError(f"{where} has no labelled row", fix="give another split, or --label-column")
         labels, _ = corpus.labels()

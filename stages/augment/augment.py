@@ -280,8 +280,11 @@ class Augment(Stage):
         from ..corpus.corpus import load_corpus
         from ..corpus.labels import hide_labels
 
+        corpus = load_corpus(self._source)
+        if corpus.info.task == "token":
+            raise RefusedError(f"{self.dataset} holds lists of words: token tasks are not augmented yet")
         return hide_labels(
-            load_corpus(self._source),
+            corpus,
             labels_per_class=self.labels_per_class,
             labels_total=self.labels_total,
             label_seed=self.label_seed,

@@ -21,10 +21,12 @@ import xxhash
 from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import RefusedError, near_match
 from ...pipeline.fingerprint import canonical_json, differing_fields
+from ...pipeline.ragged import Ragged
 from .files import RawTable, read_raw
 from .labels import Labels, match_labels, queue_place, read_indicator_columns, read_labels
 from .schema import NO_LABEL, CorpusInfo, example_id, example_ids, label_field, normalised, schema
 from .source import DatasetSource
+from .tokens import holds_words, read_tags, read_words
 
 DATA_FOLDER = "data"
 ROWS_PER_FILE = 1_000_000
@@ -59,12 +61,13 @@ class Corpus:
         return table["text_a"].to_pylist(), table["text_b"].to_pylist() if self.info.is_pair else None
 
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(labels, has_gold)` in row order.
+        """`(labels, has_gold)` in row order, of any task but "token", whose labels are `tags`.
 
         labels: int64 [N] class index, float32 [N] score, or float32 [N, C] of 0 and 1, by task; where a row has no
         gold label they hold -1, 0 and zeros. has_gold: bool [N].
         """
-        has_gold = self.table["has_gold"].to_numpy()
+        assert self.info.task != "token", "tags() has the labels of a token task"
+        has_gold = self.has_gold
         column = self.table[label_field(self.info.task)].combine_chunks()
         if self.info.task == "single-label":
             return pc.fill_null(column, NO_LABEL).to_numpy(zero_copy_only=False).astype(np.int64), has_gold
@@ -75,6 +78,29 @@ class Corpus:
         labels[has_gold] = values.reshape(-1, len(self.info.label_names))
         return labels, has_gold
 
+    def tags(self) -> tuple[Ragged, np.ndarray]:
+        """`(tags, has_gold)` of a token task, in row order.
+
+        tags: int64, for every example the index of the tag of each of its words `text_a.split(" ")`; -1 for every word
+        of an example that has no gold. has_gold: bool [N].
+        """
+        assert self.info.task == "token", self.info.task
+        has_gold, lengths = self.has_gold, self.num_words
+        tags = np.full(lengths.sum(), NO_LABEL, np.int64)
+        tags[np.repeat(has_gold, lengths)] = self.table["tags"].combine_chunks().flatten().to_numpy()
+        return Ragged.from_lengths(tags, lengths), has_gold
+
+    @property
+    def has_gold(self) -> np.ndarray:
+        """bool [N]: which examples have a gold label."""
+        return self.table["has_gold"].to_numpy()  # type: ignore[no-any-return]
+
+    @property
+    def num_words(self) -> np.ndarray:
+        """int64 [N]: the words of every example of a token task."""
+        assert self.info.task == "token", self.info.task
+        return pc.count_substring(self.table["text_a"], " ").to_numpy().astype(np.int64) + 1
+
     def replaced(self, **changes: Any) -> Corpus:
         """The corpus with another table, info or counts."""
         return dataclasses.replace(self, **changes)
@@ -83,13 +109,19 @@ class Corpus:
         """The corpus with its gold labels as indices into `label_names`, matched by name (see `match_labels`).
 
         No names leave those of the corpus.
-        Unlabelled corpora take any names and any task.
+        Unlabelled corpora take any names and any task; "token" alone needs words.
 
         Raises:
             RefusedError: a gold label that is not among the names, or another task.
         """
         names = tuple(label_names)
         task = task or self.info.task
+        if task == "token" != self.info.task:
+            raise RefusedError(
+                f"the text is no list of words, which task 'token' needs; its task is {self.info.task!r}",
+                details={"text column": self.info.text_column},
+                fix="give a --text-column that holds a list of words per row",
+            )
         if not self.table["has_gold"].combine_chunks().true_count:
             labels = Labels(task, [None] * len(self), names if task != "regression" else ())
             return _with_labels(self, labels)
@@ -101,12 +133,9 @@ class Corpus:
             )
         if task == "regression" or not names or names == self.info.label_names:
             return self
-        values, has_gold = self.labels()
-        rows = values if task == "single-label" else [np.flatnonzero(row) for row in values]
-        given = [
-            None if not known else int(row) if task == "single-label" else [int(i) for i in row]
-            for row, known in zip(rows, has_gold, strict=True)
-        ]
+        given = self.table[label_field(task)].to_pylist()
+        if task == "multi-label":
+            given = [None if row is None else [index for index, item in enumerate(row) if item] for row in given]
         labels = Labels(task, given, self.info.label_names)
         matched, how = match_labels(labels, names, where=f"column {self.info.label_column!r}")
         corpus = _with_labels(self, matched)
@@ -149,7 +178,8 @@ def load_corpus(
     How rows are treated, and what `counts` calls it:
 
     - `rows`: rows of the corpus; `rows_read`: rows of the source.
-    - `empty_dropped`: rows whose text (or one text of the pair) is null or white space; they are dropped.
+    - `empty_dropped`: rows whose text (or one text of the pair) is null or white space, or has no words; they are
+      dropped.
     - `duplicates`: rows whose texts occurred before; they are kept, as examples of their own.
     - `conflicting_labels`: rows whose texts also occur with another gold label; they are kept.
     - `labelled`, `unlabelled`: rows with and without a gold label (null, "" or -1).
@@ -180,9 +210,18 @@ def load_corpus(
 
     raw = read_raw(name, split, choose, split_default=split_default)
     where = f"{name}:{split}" if split else name
-    texts_a = _text(raw.table, source.text_column, where)
+    has_words = source.task == "token" or (source.task is None and holds_words(raw.table[source.text_column].type))
+    if has_words and source.text_pair_column is not None:
+        raise RefusedError(
+            f"column {source.text_column!r} of dataset {where} holds words, and a token task has one text per row",
+            fix="leave --text-pair-column out, or join the words",
+        )
+    texts_a = (_words if has_words else _text)(raw.table, source.text_column, where)
     texts_b = _text(raw.table, source.text_pair_column, where) if source.text_pair_column is not None else None
-    labels = _labels(source, raw, label_columns, sibling, where)
+    if has_words:
+        labels = _tags(source, raw, label_columns, texts_a, where)
+    else:
+        labels = _labels(source, raw, label_columns, sibling, where)
     counts: dict[str, Any] = {"rows_read": raw.table.num_rows}
     if label_names and labels.task != "regression":
         if all(value is None for value in labels.values):
@@ -322,6 +361,12 @@ def join_unlabelled(
     counts: Counter[str] = Counter()
     rows: list[tuple[str, str | None, str]] = []
     for other in others:
+        if (other.info.task == "token") != (corpus.info.task == "token"):
+            raise RefusedError(
+                "transfer text must be lists of words where the dataset's is, and only there",
+                details=[f"dataset: task {corpus.info.task!r}; transfer text: task {other.info.task!r}"],
+                fix="give a --transfer-text-column that holds what --text-column does",
+            )
         if other.info.is_pair != corpus.info.is_pair:
             raise RefusedError(
                 "transfer text must have as many texts per row as the dataset", fix="give --transfer-text-pair-column"
@@ -417,6 +462,28 @@ def _labels(source: DatasetSource, raw: RawTable, label_columns: list[str], sibl
     )
 
 
+def _tags(
+    source: DatasetSource, raw: RawTable, label_columns: list[str], texts: list[str | None], where: str
+) -> Labels:
+    if not label_columns:
+        return Labels("token", [None] * len(texts), ())
+    if len(label_columns) > 1:
+        raise RefusedError(f"--label-column names {len(label_columns)} columns; task 'token' has one")
+    [column] = label_columns
+    return read_tags(raw.table[column], texts, name=column, where=where, class_names=raw.class_names.get(column))
+
+
+def _words(table: pa.Table, column: str, where: str) -> list[str | None]:
+    values = table[column]
+    if holds_words(values.type) or pa.types.is_null(values.type):
+        return read_words(values, name=column, where=where)
+    raise RefusedError(
+        f"column {column!r} of dataset {where} holds {values.type}; task 'token' needs a list of words in every row",
+        details=[f"first value: {str(values[0].as_py())[:60]!r}"] if len(values) else (),
+        fix="give a list column of a Parquet, Arrow or JSON lines file (CSV and TSV hold no lists)",
+    )
+
+
 def _text(table: pa.Table, column: str, where: str) -> list[str | None]:
     values = table[column]
     kind = values.type
@@ -426,7 +493,7 @@ def _text(table: pa.Table, column: str, where: str) -> list[str | None]:
         return values.to_pylist()  # type: ignore[no-any-return]
     hint = None
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        hint = "join the words first; token tasks are not supported yet"
+        hint = "join the words first, or give --task token where every word has a tag"
     raise RefusedError(
         f"column {column!r} of dataset {where} holds {kind}, not text",
         details=[f"first value: {str(values[0].as_py())[:60]!r}"] if len(values) else (),

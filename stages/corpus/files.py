@@ -356,7 +356,9 @@ def _read_json(path: Path, choose: Chooser) -> _Part:
         except OverflowError:
             raise RefusedError(f"column {name!r} of {path} holds numbers of more than 64 bits") from None
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            kinds = {type(value).__name__: number for (number, _), value in zip(numbered, values, strict=True)}
+            kinds: dict[str, int] = {}
+            for (number, _), value in zip(numbered, values, strict=True):
+                kinds.setdefault(_kind(value), number)
             found = ", ".join(f"{kind} ({place} {number})" for kind, number in kinds.items() if kind != "NoneType")
             raise RefusedError(f"column {name!r} of {path} holds values of different types: {found}") from None
     return _Part(pa.table(columns))
@@ -559,6 +561,13 @@ def _inner(feature: Any) -> Any:
 
 
 # Words for messages ----------------------------------------------------------------------------------------------
+
+
+def _kind(value: Any) -> str:
+    """The type of a value; of a list with what it holds."""
+    if not isinstance(value, list):
+        return type(value).__name__
+    return f"list of {' and '.join(dict.fromkeys(type(item).__name__ for item in value))}" if value else "empty list"
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,8 @@ class Labels:
 
     Attributes:
         task: what they are.
-        values: int class index or None | sorted list of class indices or None | float or None.
+        values: int class index or None | sorted list of class indices or None | float or None | list of a tag index per
+            word or None.
         names: class names in order; () for regression.
     """
 
@@ -42,11 +43,13 @@ class Labels:
         return all(map(_is_integer, self.names))
 
     def to_arrow(self) -> pa.Array:
-        """The column `label_gold`, `label_score` or `labels` of the corpus schema."""
+        """The column `label_gold`, `label_score`, `labels` or `tags` of the corpus schema."""
         if self.task == "regression":
             return pa.array(self.values, pa.float32())
         if self.task == "single-label":
             return pa.array(self.values, pa.int32())
+        if self.task == "token":
+            return pa.array(self.values, pa.list_(pa.int16()))
         rows: list[list[int] | None] = []
         for classes in self.values:
             if classes is None:
@@ -174,7 +177,7 @@ def _class_labels(
         return Labels("single-label", [None if v is None else int(v) for v in values], ("False", "True"))
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         values = [None if value is None or not value.strip() else value for value in values]
-        names = tuple(sorted({value for value in values if value is not None}, key=_numeric_first))
+        names = tuple(sorted({value for value in values if value is not None}, key=numeric_first))
         if all(map(_is_whole_number, names)):
             values = [None if value is None else int(float(value)) for value in values]
         else:
@@ -234,7 +237,7 @@ def _set_labels(values: list[Any], name: str, class_names: tuple[str, ...] | Non
             unknown = sorted(items - set(class_names))
             if unknown:
                 raise RefusedError(f"label column {name!r} holds {unknown[0]!r}{near_match(unknown[0], class_names)}")
-        names = class_names or tuple(sorted(items, key=_numeric_first))
+        names = class_names or tuple(sorted(items, key=numeric_first))
         index = {n: i for i, n in enumerate(names)}
         sets = [None if value is None else sorted({index[item] for item in value}) for value in values]
         return Labels("multi-label", sets, names)
@@ -286,7 +289,8 @@ def _is_whole_number(text: str) -> bool:
     return _is_integer(text) or (re.fullmatch(r"-?\d+\.0*", text) is not None)
 
 
-def _numeric_first(text: str) -> tuple[int, int, str]:
+def numeric_first(text: str) -> tuple[int, int, str]:
+    """A key that sorts names, integers before others and by their value."""
     return (0, int(text), text) if _is_integer(text) else (1, 0, text)
 
 
@@ -336,6 +340,8 @@ def _renumbered(labels: Labels, mapping: dict[int, int | None] | dict[int, int],
     values: list[Any]
     if labels.task == "single-label":
         values = [None if value is None else mapping[value] for value in labels.values]
+    elif labels.task == "token":
+        values = [None if value is None else [mapping[i] for i in value] for value in labels.values]
     else:
         values = [None if value is None else sorted(mapping[i] for i in value) for value in labels.values]
     return Labels(labels.task, values, names)
@@ -357,7 +363,7 @@ def hide_labels(
 
     Args:
         labels_per_class: keep this many of each class (all, where a class has fewer; counted as `classes_short`).
-        labels_total: keep this many in all, whatever their classes.
+        labels_total: keep this many in all, whatever their classes; rows, each with all its tags, of a token task.
         label_seed: which ones.
 
     Raises:
@@ -378,7 +384,7 @@ def hide_labels(
         raise UsageError(
             f"--labels-per-class needs one class per row; the task is {corpus.info.task!r}", fix="give --labels-total"
         )
-    labels, has_gold = corpus.labels()
+    has_gold = corpus.has_gold
     num_labelled = int(has_gold.sum())
     if num_labelled == 0:
         raise RefusedError(f"{flag} {wanted}: the corpus has no labels", fix="give --label-column")
@@ -392,6 +398,7 @@ def hide_labels(
     if labels_per_class is None:
         kept = order[:wanted]
     else:
+        labels, _ = corpus.labels()
         taken: Counter[int] = Counter()
         chosen = []
         for row in order:

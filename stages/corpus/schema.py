@@ -29,6 +29,7 @@ _LABEL_COLUMN = {
     "single-label": ("label_gold", pa.int32()),
     "regression": ("label_score", pa.float32()),
     "multi-label": ("labels", pa.list_(pa.int8())),
+    "token": ("tags", pa.list_(pa.int16())),
 }
 _PROVENANCE_COLUMNS = (
     ("has_gold", pa.bool_()),
@@ -49,8 +50,9 @@ class CorpusInfo:
     """What the rows of a corpus mean.
 
     Attributes:
-        task: "single-label", "multi-label" or "regression".
-        label_names: class names, in the order of the label's integers; () for regression and for unlabelled text.
+        task: one of `TASKS`.
+        label_names: class names (tags for a token task), in the order of the label's integers; () for regression and
+            for unlabelled text.
         text_column, text_pair_column, label_column: where the rows came from; None where there is no such column.
     """
 
@@ -97,7 +99,8 @@ def schema(task: str) -> pa.Schema:
 
     Key columns: `example_id` (see `example_ids`); `parent_id`, the example a variant was made from, null for
     originals; the gold label, null where there is none: `label_gold` (int32, index into the label names),
-    `label_score` (float32) or `labels` (list<int8>, one 0 or 1 per class). `aug_op` is "orig" or how the row was
+    `label_score` (float32), `labels` (list<int8>, one 0 or 1 per class) or `tags` (list<int16>, one index into the
+    label names per word). The words of a token task are `text_a.split(" ")`. `aug_op` is "orig" or how the row was
     made; the other `aug_*` columns, `seed` and the word counts are null for rows that no augmentation has seen.
     """
     assert task in TASKS, task

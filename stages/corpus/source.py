@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...pipeline.errors import UsageError, near_match
 
-TASKS = ("single-label", "multi-label", "regression")
-"""What a label is: one class, a set of classes, a number."""
+TASKS = ("single-label", "multi-label", "regression", "token")
+"""What a label is: one class, a set of classes, a number, a tag for every word."""
 
 _PART = r"[A-Za-z_][\w.-]*(?:\[[^\]\[]*\])?"
 _SPLIT = re.compile(rf"{_PART}(?:\+{_PART})*")
@@ -24,10 +24,11 @@ class DatasetSource:
         dataset: `D` or `D:split`. `D` is a csv, tsv, jsonl, json, parquet or arrow file, a local dataset folder, or a
             hub id (`name`, `owner/name`, `owner/name/configuration`). A split may carry a slice as in `datasets`
             (`train[:1000]`, `train[10%:]`) and splits may be joined (`train+validation`).
-        text_column: the text, or the first text of a pair.
+        text_column: the text, or the first text of a pair; a list of words for a token task.
         text_pair_column: the second text of a pair.
-        label_column: the gold label; several columns of 0 and 1 separated by commas make a multi-label task.
-        task: one of `TASKS`; worked out from the label column when not given.
+        label_column: the gold label; several columns of 0 and 1 separated by commas make a multi-label task, and a list
+            of tags beside a list of words a token task.
+        task: one of `TASKS`; worked out from the columns when not given.
     """
 
     dataset: str
@@ -41,12 +42,15 @@ class DatasetSource:
             raise UsageError("--dataset is empty", fix="give a file, a dataset folder or a hub id")
         if not self.text_column:
             raise UsageError("--text-column is empty", fix="name the column that holds the text")
-        if self.task == "token":
-            raise UsageError("task 'token' is not supported yet", details=[f"supported: {', '.join(TASKS)}"])
         if self.task is not None and self.task not in TASKS:
             raise UsageError(f"task {self.task!r} does not exist{near_match(self.task, TASKS)}")
         if self.text_pair_column == self.text_column:
             raise UsageError(f"--text-column and --text-pair-column are both {self.text_column!r}")
+        if self.task == "token" and self.text_pair_column is not None:
+            raise UsageError(
+                f"--text-pair-column {self.text_pair_column!r}: a token task has one text per row",
+                fix="leave it out, or give another --task",
+            )
         if self.label_column is not None and self.label_column in (self.text_column, self.text_pair_column):
             raise UsageError(f"--label-column {self.label_column!r} is also a text column")
 

@@ -137,7 +137,7 @@ def test_bytes_in_a_parquet_text_column_that_are_not_utf8_are_found(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("values", "kind"),
-    [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([["a", "b"], ["c"]], "list<"), ([{"x": 1}, {"x": 2}], "struct")],
+    [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([[1, 2], [3]], "list<"), ([{"x": 1}, {"x": 2}], "struct")],
 )
 def test_a_text_column_of_another_type_is_refused_with_its_type(tmp_path: Path, values: list[Any], kind: str) -> None:
     pq.write_table(pa.table({"text": values, "label": [0, 1]}), tmp_path / "x.parquet")

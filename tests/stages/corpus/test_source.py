@@ -67,7 +67,7 @@ def test_splits_can_be_joined() -> None:
         ({"dataset": ""}, "--dataset is empty"),
         ({"text_column": ""}, "--text-column is empty"),
         ({"task": "singlelabel"}, "did you mean 'single-label'"),
-        ({"task": "token"}, "not supported yet"),
+        ({"task": "token", "text_pair_column": "u"}, "a token task has one text per row"),
         ({"text_pair_column": "t"}, "--text-column and --text-pair-column are both 't'"),
         ({"label_column": "t"}, "is also a text column"),
     ],
