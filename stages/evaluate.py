@@ -59,7 +59,8 @@ class Evaluate(Stage):
                 f"--max-length is {model.max_length}; {self.model} takes {positions} tokens at most",
                 fix=f"give --max-length {positions} or less",
             )
-        metric = check_metric(self.metric or main_metric(model.task), model.task, len(model.label_names))
+        names = model.label_names
+        metric = check_metric(self.metric or main_metric(model.task, names), model.task, len(names), names)
         teacher = None if self.teacher is None else load_predictor(self.teacher, device=self.device)
         order = None if teacher is None else matching_columns(teacher, model)
         corpus = read_split(
@@ -69,7 +70,7 @@ class Evaluate(Stage):
             text_pair_column=self.text_pair_column,
             label_column=self.label_column,
         )
-        labels, has_gold = corpus.labels()
+        has_gold = corpus.has_gold
         if not has_gold.any() and teacher is None and self.predictions is None:
             raise RefusedError(
                 f"{self.dataset} has no labelled row to score",
@@ -86,9 +87,9 @@ class Evaluate(Stage):
             "main_metric": metric,
         }
         if num_labelled:
-            metrics = task_metrics(model.task, logits_NC[has_gold], labels[has_gold])
+            metrics = task_metrics(model.task, *with_gold(corpus, logits_NC), names)
             summary["metrics"] = {metric: metrics[metric], **metrics}
-            if metric == "accuracy":
+            if metric == "accuracy" and model.task == "single-label":
                 share = metrics["accuracy"]
                 summary["standard_error"] = float(np.sqrt(share * (1 - share) / num_labelled))
         if teacher is not None:
@@ -97,7 +98,10 @@ class Evaluate(Stage):
             summary["teacher"] = self.teacher
             summary["agreement"] = agreement(model.task, logits_NC, teacher_NC)
             if num_labelled:
-                summary["teacher_metrics"] = task_metrics(model.task, teacher_NC[has_gold], labels[has_gold])
+                summary["teacher_metrics"] = task_metrics(model.task, *with_gold(corpus, teacher_NC), names)
+        if model.task == "token":
+            summary["words"] = len(logits_NC)
+            summary["words_not_seen"] = int(np.isnan(logits_NC[:, 0]).sum())
         if self.predictions is not None:
             write_predictions(self.predictions, corpus, model, logits_NC)
             summary["predictions"] = self.predictions
@@ -108,6 +112,11 @@ class Evaluate(Stage):
         lines = [f"{summary['model']} on {summary['dataset']}: {summary['rows']} rows, {summary['task']}"]
         if summary["unlabelled_rows"]:
             lines.append(f"{summary['unlabelled_rows']} rows have no label and are not scored")
+        if summary.get("words_not_seen"):
+            lines.append(
+                f"{summary['words_not_seen']} of {summary['words']} words were cut or dropped by the tokenizer: they "
+                "count as predicted to be nothing (--max-length)"
+            )
         teacher = summary.get("teacher_metrics", {})
         shown = summary.get("metrics", {})
         width = max([len(name) for name in shown] + [len("agreement")])
@@ -122,6 +131,17 @@ class Evaluate(Stage):
         if "predictions" in summary:
             lines.append(f"predictions: {summary['predictions']}")
         return "\n".join(lines)
+
+
+def with_gold(corpus: Corpus, logits: np.ndarray) -> tuple[np.ndarray, Any]:
+    """The logits of a corpus' rows (or words, of a token task) that have a gold label, and these labels."""
+    import numpy as np
+
+    if corpus.info.task != "token":
+        labels, has_gold = corpus.labels()
+        return logits[has_gold], labels[has_gold]
+    tags, has_gold = corpus.tags()
+    return logits[np.repeat(has_gold, tags.lengths)], tags.take(np.flatnonzero(has_gold))
 
 
 def matching_columns(other: Predictor, model: Predictor) -> np.ndarray | None:
@@ -173,7 +193,10 @@ def read_split(
 
 
 def write_predictions(path: str, corpus: Corpus, model: Predictor, logits_NC: np.ndarray) -> None:
-    """One row per example: `example_id`, texts, `label`, `predicted` (names, or numbers for regression), `logits`."""
+    """One row per example: `example_id`, texts, `label`, `predicted` (names, or numbers for regression), `logits`.
+
+    Of a token task the last three are lists with one entry per word; null where a word was not seen.
+    """
     import json
     import os
     from pathlib import Path
@@ -182,12 +205,25 @@ def write_predictions(path: str, corpus: Corpus, model: Predictor, logits_NC: np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from ..pipeline.ragged import Ragged
     from .metrics import decide
 
-    labels, has_gold = corpus.labels()
-    predicted = decide(model.task, logits_NC)
+    predicted: Any = decide(model.task, logits_NC)
+    logits: pa.Array = pa.FixedSizeListArray.from_arrays(
+        pa.array(logits_NC.reshape(-1), pa.float32()), logits_NC.shape[1]
+    )
+    if model.task == "token":
+        tags, has_gold = corpus.tags()
+        labels: Any = tags
+        predicted = Ragged(predicted, tags.offsets)
+        logits = pa.array([None if np.isnan(row[0]) else row for row in logits_NC], logits.type)
+        logits = pa.ListArray.from_arrays(pa.array(tags.offsets, pa.int32()), logits)
+    else:
+        labels, has_gold = corpus.labels()
 
     def named(value: Any) -> Any:
+        if model.task == "token":
+            return [None if tag < 0 else model.label_names[tag] for tag in value.tolist()]
         if model.task == "regression":
             return float(value)
         if model.task == "multi-label":
@@ -201,9 +237,7 @@ def write_predictions(path: str, corpus: Corpus, model: Predictor, logits_NC: np
             "text_b": corpus.table["text_b"],
             "label": [named(value) if known else None for value, known in zip(labels, has_gold, strict=True)],
             "predicted": [named(value) for value in predicted],
-            "logits": pa.FixedSizeListArray.from_arrays(
-                pa.array(logits_NC.reshape(-1), pa.float32()), logits_NC.shape[1]
-            ),
+            "logits": logits,
         }
     )
     table = table.replace_schema_metadata({"label_names": json.dumps(model.label_names)})

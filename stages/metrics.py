@@ -1,18 +1,22 @@
-"""Task metrics: pure functions of arrays. Dimension key: N examples, C classes or labels.
+"""Task metrics: pure functions of arrays. Dimension key: N examples, C classes or labels, W words of all examples.
 
 A task is "single-label" (logits [N, C], labels [N] class indices), "multi-label" (logits [N, C], labels [N, C] of
-0 and 1, a logit above 0 predicts the label) or "regression" (logits [N, 1] or [N], labels [N]). Where a metric is
+0 and 1, a logit above 0 predicts the label), "regression" (logits [N, 1] or [N], labels [N]) or "token" (logits [W, C],
+NaN of a word that the model did not see; labels `Ragged`, a row of tags per example). Where a metric is
 undefined (a correlation with a constant, an F1 without positives) it is 0, so that it can be compared and stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..pipeline.errors import RefusedError, UsageError, near_match
+from ..pipeline.ragged import Ragged
+from .entities import tag_metric_names, tag_metrics
 
 Array = NDArray[Any]
 
@@ -20,13 +24,15 @@ MAIN_METRIC = {"single-label": "accuracy", "multi-label": "micro_f1", "regressio
 LOWER_IS_BETTER = frozenset({"nll", "ece", "mse"})
 
 
-def main_metric(task: str) -> str:
-    """The metric that picks checkpoints and heads tables: accuracy, micro_f1 or pearson."""
-    return MAIN_METRIC[task]
+def main_metric(task: str, label_names: Sequence[str] = ()) -> str:
+    """The metric that picks checkpoints and heads tables: accuracy, micro_f1, pearson, or f1 of entities."""
+    return tag_metric_names(label_names)[0] if task == "token" else MAIN_METRIC[task]
 
 
-def metric_names(task: str, num_classes: int) -> tuple[str, ...]:
-    """What `task_metrics` returns for the task, in its order."""
+def metric_names(task: str, num_classes: int, label_names: Sequence[str] = ()) -> tuple[str, ...]:
+    """What `task_metrics` returns for the task, in its order; those of a token task hang on the names of its tags."""
+    if task == "token":
+        return tag_metric_names(label_names)
     if task == "single-label":
         f1 = ("f1",) if num_classes == 2 else ()
         return ("accuracy", "macro_f1", *f1, "matthews", "ece", "nll")
@@ -35,20 +41,30 @@ def metric_names(task: str, num_classes: int) -> tuple[str, ...]:
     return ("pearson", "spearman", "mse")
 
 
-def check_metric(name: str, task: str, num_classes: int) -> str:
+def check_metric(name: str, task: str, num_classes: int, label_names: Sequence[str] = ()) -> str:
     """`name`, or a UsageError that lists near matches when the task has no such metric."""
-    names = metric_names(task, num_classes)
+    names = metric_names(task, num_classes, label_names)
     if name not in names:
         raise UsageError(f"{name!r} is not a metric of {task} tasks{near_match(name, names)}")
     return name
 
 
-def task_metrics(task: str, logits_NC: Array, labels: Array) -> dict[str, float]:
+def task_metrics(
+    task: str, logits_NC: Array, labels: Array | Ragged, label_names: Sequence[str] = ()
+) -> dict[str, float]:
     """Every metric of the task, by name: `metric_names` lists them, NLL is in nats.
+
+    Args:
+        task: one of the above.
+        logits_NC: logits.
+        labels: gold labels; none is missing.
+        label_names: of a token task.
 
     Raises:
         RefusedError: no rows, a logit that is not finite, or a label outside the classes.
     """
+    if isinstance(labels, Ragged):
+        return tag_metrics(_tags(logits_NC, labels), labels, label_names)
     logits_NC, labels = _checked(task, logits_NC, labels)
     if task == "regression":
         predicted_N = logits_NC[:, 0]
@@ -76,8 +92,10 @@ def task_metrics(task: str, logits_NC: Array, labels: Array) -> dict[str, float]
     }
 
 
-def metric(name: str, task: str, logits_NC: Array, labels: Array) -> float:
+def metric(name: str, task: str, logits_NC: Array, labels: Array | Ragged, label_names: Sequence[str] = ()) -> float:
     """One metric of `task_metrics`, without computing the others where that is expensive."""
+    if isinstance(labels, Ragged):
+        return task_metrics(task, logits_NC, labels, label_names)[name]
     if task == "regression" and name in ("pearson", "spearman"):
         predicted_N = np.asarray(logits_NC, np.float64).reshape(-1)
         return (pearson if name == "pearson" else spearman)(predicted_N, np.asarray(labels, np.float64))
@@ -90,14 +108,26 @@ def metric(name: str, task: str, logits_NC: Array, labels: Array) -> float:
 
 
 def agreement(task: str, student_NC: Array, teacher_NC: Array) -> float:
-    """Share of decisions on which two models agree; for regression the Pearson correlation of their outputs."""
+    """Share of decisions on which two models agree; for regression the Pearson correlation of their outputs.
+
+    Of words those count that both saw.
+    """
     if task == "regression":
         return pearson(np.asarray(student_NC).reshape(-1), np.asarray(teacher_NC).reshape(-1))
-    return float(np.mean(decide(task, student_NC) == decide(task, teacher_NC)))
+    same: Array = np.equal(decide(task, student_NC), decide(task, teacher_NC))
+    if task == "token":
+        same = same[np.isfinite(student_NC).all(axis=1) & np.isfinite(teacher_NC).all(axis=1)]
+    return float(np.mean(same))
 
 
 def decide(task: str, logits_NC: Array) -> Array:
-    """What the logits predict: class indices [N], 0/1 labels [N, C], or the numbers themselves [N]."""
+    """What the logits predict: class indices [N], 0/1 labels [N, C], or the numbers themselves [N].
+
+    Of words the index of a tag [W], -1 where a word has no logits.
+    """
+    if task == "token":
+        seen_W = np.isfinite(logits_NC).all(axis=1)
+        return np.where(seen_W, np.argmax(np.where(seen_W[:, None], logits_NC, 0.0), axis=1), -1)
     if task == "single-label":
         return np.asarray(np.argmax(logits_NC, axis=1))
     if task == "multi-label":
@@ -218,6 +248,27 @@ def _mean_ranks(values_N: Array) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(np.asarray(values_N), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2.0)[inverse]
+
+
+def _tags(logits_WC: Array, gold: Ragged) -> Ragged:
+    """The tags that logits predict, beside the gold ones."""
+    if not len(gold.values):
+        raise RefusedError("there is no labelled row to score")
+    logits = np.asarray(logits_WC, np.float64)
+    assert len(logits) == len(gold.values), f"{len(logits)} rows of logits for {len(gold.values)} words"
+    bad = np.flatnonzero(np.isinf(logits).any(axis=1) | (np.isnan(logits).any(axis=1) & ~np.isnan(logits).all(axis=1)))
+    if len(bad):
+        raise RefusedError(
+            f"the model gives logits that are not finite for {len(bad)} of {len(logits)} words",
+            details={"first word": int(bad[0]), "its logits": logits[bad[0]][:8].tolist()},
+            fix="the model has diverged or overflows: train it again with a lower --learning-rate, or in float32",
+        )
+    if gold.values.min() < 0 or gold.values.max() >= logits.shape[1]:
+        raise RefusedError(
+            f"tags reach from {gold.values.min()} to {gold.values.max()}; the model has {logits.shape[1]} classes",
+            fix="give the dataset the model was trained for",
+        )
+    return Ragged(np.asarray(decide("token", logits)), gold.offsets)
 
 
 def _checked(task: str, logits_NC: Array, labels: Array) -> tuple[NDArray[np.float64], Array]:

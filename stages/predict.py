@@ -1,6 +1,6 @@
-"""Predictions of a finished model: a teacher folder, a run, or any sequence classifier that transformers opens.
+"""Predictions of a finished model: a teacher folder, a run, or any classifier of texts or of tokens in transformers.
 
-Dimension key: N examples, C classes (1 for regression).
+Dimension key: N examples, C classes (1 for regression), W words of all examples, B rows of a batch, T padded length.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 
 from ..pipeline.artifact import read_manifest
 from ..pipeline.errors import RefusedError, near_match
+from ..pipeline.ragged import Ragged, ranges
 from ..pipeline.stage import UNFINISHED, NullProgress, Progress
 from .cache_teacher.teacher import TASK_OF_PROBLEM, max_positions, resolve_device
+from .words import encode_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +31,8 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 WITHOUT_LIMIT = 1_000_000
 """transformers writes an absurdly large `model_max_length` where a tokenizer has no limit."""
 DEFAULT_LENGTH = 512
+OF_TOKENS = "ForTokenClassification"
+"""How the names of architectures end that have logits for every token."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Predictor:
         path: where it was loaded from.
         model: the transformers model.
         tokenizer: its tokenizer.
-        task: "single-label", "multi-label" or "regression".
+        task: "single-label", "multi-label", "regression" or "token".
         label_names: names of the logits' columns in their order; () for regression.
         max_length: longer inputs are cut here, in tokens.
         content: what its manifest says beyond that; {} for a folder that kd did not make.
@@ -68,6 +72,9 @@ class Predictor:
     ) -> np.ndarray:
         """Logits, float32 [N, C], in the order of the texts.
 
+        Of a token task [W, C]: those of the words `text.split(" ")` of all texts one after another, each at its first
+        piece; NaN where a word has none, since it was cut or the tokenizer leaves nothing of it.
+
         Rows are batched by length, so a row's logits may differ in the last bits from those of a batch of its own.
 
         Args:
@@ -76,19 +83,33 @@ class Predictor:
             batch_size: rows per forward pass.
             progress: where to report rows.
         """
-        encoded = self._encode(texts_a, texts_b)
+        words = None
+        if self.task == "token":
+            encoded, words = encode_words(self.tokenizer, texts_a, self.max_length)
+            encoded = self._wanted(encoded)
+        else:
+            encoded = self._encode(texts_a, texts_b)
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
         order = np.argsort(-lengths, kind="stable")
-        logits_NC = np.empty((len(lengths), int(self.model.config.num_labels or 0)), np.float32)
+        number = len(lengths) if words is None else len(words.values)
+        logits_NC = np.full((number, int(self.model.config.num_labels or 0)), np.nan, np.float32)
         task = (progress or NullProgress()).task("predicting", total=len(lengths))
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = self.tokenizer.pad(
-                    {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
+                    {name: [column[row] for row in rows] for name, column in encoded.items()},
+                    return_tensors="pt",
+                    # Where the first pieces were counted from.
+                    padding_side=None if words is None else "right",
                 )
                 output = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-                logits_NC[rows] = output.logits.float().reshape(len(rows), -1).cpu().numpy()
+                logits = output.logits.float().cpu().numpy()
+                if words is None:
+                    logits_NC[rows] = logits.reshape(len(rows), -1)
+                else:
+                    of_word, row, piece = _places(words, rows)
+                    logits_NC[of_word] = logits[row, piece]
                 task.advance(len(rows))
         task.done()
         return logits_NC
@@ -157,8 +178,20 @@ class Predictor:
         encoded = self.tokenizer(
             list(texts_a), None if texts_b is None else list(texts_b), truncation=True, max_length=self.max_length
         )
+        return self._wanted(encoded)
+
+    def _wanted(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         wanted = inspect.signature(self.model.forward).parameters
         return {name: column for name, column in encoded.items() if name in wanted}
+
+
+def _places(words: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`(words, rows, pieces)` of the words of some rows that have a piece: which, in which of the rows, and where."""
+    chosen = words.take(rows)
+    of_word = ranges(words.offsets[rows], chosen.lengths)
+    row = np.repeat(np.arange(len(rows)), chosen.lengths)
+    has_piece = chosen.values >= 0
+    return of_word[has_piece], row[has_piece], chosen.values[has_piece]
 
 
 def load_predictor(
@@ -176,8 +209,9 @@ def load_predictor(
         UsageError: no such kind of device.
         RefusedError: nothing there, an unfinished or other kind of artifact, or a model whose head is missing.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     device = resolve_device(device)
@@ -187,18 +221,21 @@ def load_predictor(
     source = str(folder) if folder.is_dir() else str(path)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
+    auto: Any = transformers.AutoModelForSequenceClassification
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        if tags_tokens(AutoConfig.from_pretrained(source, trust_remote_code=False)):
+            auto = transformers.AutoModelForTokenClassification
+        model, report = auto.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     # Half a folder, or one that was edited, can fail anywhere in there.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RefusedError(
-            f"model {path} cannot be opened as a sequence classifier",
+            f"model {path} cannot be opened as a classifier",
             details=[first_line[:300]],
-            fix="give a teacher, a run, or a folder that AutoModelForSequenceClassification.from_pretrained opens",
+            fix=f"give a teacher, a run, or a folder that {auto.__name__}.from_pretrained opens",
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -236,7 +273,14 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(min(limits, default=DEFAULT_LENGTH))
 
 
+def tags_tokens(config: Any) -> bool:
+    """Whether a model of this configuration has logits for every token."""
+    return any(name.endswith(OF_TOKENS) for name in config.architectures or ())
+
+
 def _task_of(config: Any) -> str:
+    if tags_tokens(config):
+        return "token"
     declared = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if declared not in TASK_OF_PROBLEM:
         raise RefusedError(

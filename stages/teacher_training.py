@@ -1,6 +1,6 @@
 """Fine-tuning an encoder into a teacher: defaults that follow the number of labels, a fitted head, the Trainer.
 
-Dimension key: N labelled rows, C classes, H features that the last linear layer reads.
+Dimension key: N labelled rows, C classes, T tokens, H features that the last linear layer reads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -31,17 +32,19 @@ from transformers.utils import logging as transformers_logging
 
 from ..pipeline.artifact import atomic_write_bytes
 from ..pipeline.errors import RefusedError
+from ..pipeline.ragged import Ragged
 from ..pipeline.stage import StageContext, StageResult
+from .evaluate import with_gold
 from .metrics import LOWER_IS_BETTER, check_metric, main_metric, task_metrics
 from .optimizers import OptimizerTrainer
 from .predict import load_predictor, longest_input
 from .shuffled_batches import length_grouped_batches
 from .teacher_head import HEAD_ROWS, start_head
-from .text_rows import TextRows
+from .text_rows import NOT_SCORED, TextRows
 from .training_options import CHECKPOINTS, attach_progress, resumable_checkpoint
 
 if TYPE_CHECKING:
-    from .corpus import Corpus
+    from .corpus import Corpus, CorpusInfo
     from .train_teacher import TrainTeacher
 
 PROBLEM_TYPE = {
@@ -60,8 +63,8 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
     train = stage.training_corpus()
     info = train.info
     evaluation = stage.evaluation_corpus(train) if stage.eval_dataset is not None else None
-    labels, _ = train.labels()
-    _warn_of_absent_classes(train, labels, context)
+    labels = gold(train)
+    _warn_of_absent_classes(train, context)
 
     set_seed(stage.seed)
     source = stage.model_source()
@@ -85,7 +88,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         head = "kept"
         if stage.head == "random":
             context.progress.warn("--head random: the checkpoint's head was trained for these very labels, and is kept")
-    elif stage.head == "random":
+    elif stage.head == "random" or info.task == "token":
         head = "random"
     else:
         wanted = stage.head
@@ -106,10 +109,11 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
     atomic_write_bytes(started, json.dumps({"head": head}).encode())
     held_out = None
     if evaluation is not None:
-        held_out = TextRows(tokenizer, *evaluation.texts(), evaluation.labels()[0], info.task, max_length)
+        held_out = TextRows(tokenizer, *evaluation.texts(), gold(evaluation), info.task, max_length)
 
     defaults = default_arguments(len(rows), model.config.hidden_size, aligned=head == "aligned")
-    metric = check_metric(stage.metric_for_best_model or main_metric(info.task), info.task, len(info.label_names))
+    names = info.label_names
+    metric = check_metric(stage.metric_for_best_model or main_metric(info.task, names), info.task, len(names), names)
     arguments = stage.training_arguments(
         output_dir=output_dir / CHECKPOINTS,
         has_eval=held_out is not None,
@@ -146,7 +150,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         eval_dataset=held_out,
         data_collator=rows.collate,
         processing_class=tokenizer,
-        compute_metrics=lambda found: task_metrics(info.task, found.predictions, found.label_ids),
+        compute_metrics=lambda found: scores(found.predictions, found.label_ids, info),
         callbacks=[EarlyStoppingCallback(stage.early_stopping_patience)] if stage.early_stopping_patience else None,
         head_learning_rate=head_learning_rate,
         layer_decay=stage.layer_learning_rate_decay or 1.0,
@@ -166,7 +170,7 @@ def train_teacher(stage: TrainTeacher, context: StageContext) -> StageResult:
         # Scored as `kd evaluate` does, from the saved folder and in float32.
         saved = load_predictor(output_dir, device=str(arguments.device), max_length=max_length, finished=False)
         logits_NC = saved.predict(*evaluation.texts(), progress=context.progress)
-        metrics = task_metrics(info.task, logits_NC, evaluation.labels()[0])
+        metrics = task_metrics(info.task, *with_gold(evaluation, logits_NC), names)
     state = trainer.state
     figures = {
         "rows": len(rows),
@@ -255,21 +259,22 @@ def has_fast_bf16(use_cpu: bool) -> bool:
 
 
 def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[PreTrainedModel, bool]:
-    """A sequence classifier over the checkpoint's encoder, and whether its head was trained for these very labels.
+    """A classifier over the checkpoint's encoder, and whether its head was trained for these very labels.
 
     Raises:
         RefusedError: the checkpoint lacks tensors of the encoder itself.
     """
     names = list(label_names) if task != "regression" else ["score"]
+    auto = AutoModelForTokenClassification if task == "token" else AutoModelForSequenceClassification
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto.from_pretrained(
             source,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
-            problem_type=PROBLEM_TYPE[task],
+            **({} if task == "token" else {"problem_type": PROBLEM_TYPE[task]}),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -277,7 +282,7 @@ def load_encoder(source: str, task: str, label_names: Sequence[str]) -> tuple[Pr
         )
     except (OSError, ValueError) as error:
         raise RefusedError(
-            f"model {source} cannot be opened as a sequence classifier", details=[str(error).splitlines()[0][:300]]
+            f"model {source} cannot be opened as a classifier", details=[str(error).splitlines()[0][:300]]
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -312,14 +317,35 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, encoder: bool) -> None:
         model.get_input_embeddings().weight.requires_grad_(False)
 
 
-def _warn_of_absent_classes(train: Corpus, labels: np.ndarray, context: StageContext) -> None:
-    if train.info.task != "single-label":
+def gold(corpus: Corpus) -> np.ndarray | Ragged:
+    """The gold labels of a corpus, as `TextRows` takes them."""
+    return corpus.tags()[0] if corpus.info.task == "token" else corpus.labels()[0]
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, info: CorpusInfo) -> dict[str, float]:
+    """`task_metrics` of what a `Trainer` predicted.
+
+    Args:
+        logits: [N, C]; [N, T, C] of a token task.
+        labels: [N] or [N, C]; [N, T] of a token task, `NOT_SCORED` where no word begins.
+        info: what the labels mean.
+    """
+    if info.task != "token":
+        return task_metrics(info.task, logits, labels)
+    is_first_NT = labels != NOT_SCORED
+    tags = Ragged.from_lengths(labels[is_first_NT], is_first_NT.sum(axis=1))
+    return task_metrics(info.task, logits[is_first_NT], tags, info.label_names)
+
+
+def _warn_of_absent_classes(train: Corpus, context: StageContext) -> None:
+    if train.info.task not in ("single-label", "token"):
         return
-    seen = Counter(labels.tolist())
+    seen = Counter(train.tags()[0].values.tolist() if train.info.task == "token" else train.labels()[0].tolist())
+    where = "word" if train.info.task == "token" else "row"
     absent = [name for index, name in enumerate(train.info.label_names) if not seen[index]]
     if absent:
         context.progress.warn(
-            f"{len(absent)} of {len(train.info.label_names)} classes have no labelled row and will not be learned: "
+            f"{len(absent)} of {len(train.info.label_names)} classes have no labelled {where} and will not be learned: "
             + ", ".join(absent[:5])
         )
 
@@ -418,7 +444,7 @@ def model_card(stage: TrainTeacher, train: Corpus, figures: Mapping[str, Any], r
     data = Path(stage.corpus or stage.dataset or "").name
     metadata: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": "token-classification" if train.info.task == "token" else "text-classification",
         "tags": ["knowledge-distillation", "kd-teacher"],
         **({} if local else {"base_model": base}),
     }

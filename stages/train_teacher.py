@@ -12,6 +12,7 @@ from ..pipeline.errors import RefusedError, UsageError
 from ..pipeline.fingerprint import fingerprint
 from ..pipeline.stage import StageContext, StageResult, option
 from .corpus import DatasetSource
+from .corpus.source import TASKS
 from .packaged import MINILM, checkpoint_source
 from .training_options import TrainingOptions
 
@@ -38,14 +39,16 @@ class TrainTeacher(TrainingOptions):
     eval_dataset: str | None = option(
         None, help="Dataset to evaluate on and to pick the checkpoint by, as D or D:split.", panel=DATA
     )
-    text_column: str | None = option(None, help="Column of the (first) text.", panel=DATA)
+    text_column: str | None = option(
+        None, help="Column of the (first) text, or of lists of words, each with a tag.", panel=DATA
+    )
     text_pair_column: str | None = option(None, help="Column of the second text of a pair.", panel=DATA)
     label_column: str | None = option(None, help="Column of the label.", panel=DATA)
     task: str | None = option(
         None,
         help="What the label is, where the column does not settle it.",
         panel=DATA,
-        choices=("single-label", "multi-label", "regression"),
+        choices=TASKS,
     )
     max_length: int | None = option(
         None, help="Cut inputs to this many tokens; 128, or what the model takes, if that is less.", panel=DATA
@@ -56,7 +59,7 @@ class TrainTeacher(TrainingOptions):
     head: str = option(
         "auto",
         help="Start: random; fitted to the frozen encoder; aligned: fitted, once the first token means all; "
-        "auto: the checkpoint's own for these labels, else aligned where left-out rows favour it.",
+        "auto: the checkpoint's own for these labels, else aligned where left-out rows favour it (of words: random).",
         panel=HEAD,
         choices=("auto", "aligned", "fitted", "random"),
     )
@@ -113,17 +116,20 @@ class TrainTeacher(TrainingOptions):
         corpus = self._originals()
         corpus = corpus.replaced(table=corpus.table.filter(corpus.table["has_gold"]))
         where = self.corpus or self.dataset
-        if corpus.info.task == "token":
-            raise RefusedError(f"{where} holds lists of words: teachers of token tasks are not trained yet")
         if not len(corpus):
             raise RefusedError(f"{where} has no labelled row", fix="give another split, or --label-column")
-        labels, _ = corpus.labels()
-        if corpus.info.task == "single-label" and len(set(labels.tolist())) == 1:
-            raise RefusedError(
-                f"all {len(corpus)} labelled rows of {where} have the label "
-                f"{corpus.info.label_names[int(labels[0])]!r}: there is nothing to learn",
-                fix="check --label-column, or keep labels of more classes",
+        if corpus.info.task == "token" and self.head not in ("auto", "random"):
+            raise UsageError(
+                f"--head {self.head} is fitted to one label per text; the task is 'token'", fix="leave --head out"
             )
+        if corpus.info.task in ("single-label", "token"):
+            labels = corpus.tags()[0].values if corpus.info.task == "token" else corpus.labels()[0]
+            if (labels == labels[0]).all():
+                raise RefusedError(
+                    f"all {len(corpus)} labelled rows of {where} have the label "
+                    f"{corpus.info.label_names[int(labels[0])]!r}: there is nothing to learn",
+                    fix="check --label-column, or keep labels of more classes",
+                )
         return corpus
 
     def transfer_texts(self, limit: int) -> Corpus:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ..pipeline.errors import RefusedError
+from ..pipeline.ragged import Ragged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Pieces(Protocol):
@@ -38,3 +45,21 @@ def first_pieces(encoding: Pieces, text: str) -> npt.NDArray[np.int32]:
     # The last one written stays: the first piece of each word.
     first[word_of[starts[::-1]]] = pieces[::-1]
     return first
+
+
+def encode_words(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> tuple[dict[str, Any], Ragged]:
+    """What the tokenizer gives for every text, cut to `max_length` tokens, and the `first_pieces` of its words, int32.
+
+    Raises:
+        RefusedError: the tokenizer does not say which characters a piece stands for.
+    """
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    if not tokenizer.is_fast:
+        raise RefusedError(
+            f"the tokenizer {type(tokenizer).__name__} does not say where its pieces stand in the text",
+            fix="save the model with the fast tokenizer of its kind (tokenizer.json)",
+        )
+    rows = [first_pieces(pieces, text) for pieces, text in zip(encoded.encodings, texts, strict=True)]
+    return dict(encoded), Ragged.from_rows(rows, np.int32)

@@ -99,7 +99,8 @@ class Corpus:
     def num_words(self) -> np.ndarray:
         """int64 [N]: the words of every example of a token task."""
         assert self.info.task == "token", self.info.task
-        return pc.count_substring(self.table["text_a"], " ").to_numpy().astype(np.int64) + 1
+        spaces: np.ndarray = pc.count_substring(self.table["text_a"], " ").to_numpy().astype(np.int64)
+        return spaces + 1
 
     def replaced(self, **changes: Any) -> Corpus:
         """The corpus with another table, info or counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,6 +64,28 @@ def judged(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, sentenc
     labels = [NAMES[(int(label) + (row % 10 == 0)) % 3] for row, label in enumerate(chosen)]
     path = tmp_path_factory.mktemp("judged") / "judged.csv"
     return write_csv(path, ["text", "label"], list(zip(sentences, labels, strict=True)))
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
+    """Folder with train.jsonl (120 rows) and test.jsonl (80), lists `words` and `tags`: who acts, and what on."""
+    folder = tmp_path_factory.mktemp("tagged")
+    ends = dict.fromkeys(("cat", "dog", "friend", "teacher", "student"), "WHO") | dict.fromkeys(
+        ("book", "dinner", "apples", "plot"), "WHAT"
+    )
+    lines = []
+    for text in sentences:
+        words = text.replace(",", " ,").split()
+        tags = ["O"] * len(words)
+        for place, word in enumerate(words):
+            if word in ends:
+                start = max((n for n in range(place) if words[n] in ("the", "a", "my", "every")), default=place)
+                start = start if place - start < 3 else place
+                tags[start : place + 1] = [f"B-{ends[word]}", *[f"I-{ends[word]}"] * (place - start)]
+        lines.append(json.dumps({"words": words, "tags": tags}))
+    (folder / "train.jsonl").write_text("\n".join(lines[:120]))
+    (folder / "test.jsonl").write_text("\n".join(lines[120:]))
+    return folder
 
 
 @pytest.fixture
