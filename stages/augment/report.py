@@ -45,7 +45,7 @@ class Report:
     @staticmethod
     def _example(variant: pa.Table, originals: pa.Table) -> tuple[str, str]:
         parent = originals.filter(pc.equal(originals["example_id"], variant["parent_id"][0]))
-        return _shown(parent), _shown(variant)
+        return shown(parent), shown(variant)
 
     def text(self, summary: Mapping[str, Any]) -> str:
         """The page, from what was seen and the summary of the stage."""
@@ -72,8 +72,12 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def _shown(row: pa.Table) -> str:
-    """The texts of a row in a cell of a table."""
+def shown(row: pa.Table) -> str:
+    """The texts of one row of a corpus, in a cell of a table."""
     texts = [row[name][0].as_py() for name in ("text_a", "text_b")]
-    cell = " // ".join(text for text in texts if text is not None)
-    return " ".join((cell if len(cell) <= 300 else f"{cell[:300]} ...").split()).replace("|", "\\|")
+    return in_a_cell(" // ".join(text for text in texts if text is not None))
+
+
+def in_a_cell(text: str) -> str:
+    """Text that cannot end the cell of a Markdown table, and is not too long for one."""
+    return " ".join((text if len(text) <= 300 else f"{text[:300]} ...").split()).replace("|", "\\|")

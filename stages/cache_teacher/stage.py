@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...pipeline.artifact import Artifact
+from ...pipeline.artifact import Artifact, atomic_write_bytes
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
 from ...pipeline.executor import ShardOutcome, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
@@ -18,6 +18,9 @@ from .choice import PROFILES, STATES
 from .plan import Plan, plan_table, recoded_shards
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ...pipeline.store import ArraySpec, InputRows, Signal, StoreIdentity, StoreLayout, TeacherStore
     from ..corpus import Corpus
     from ..train_student.methods import Term
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from .choice import Choice, Entries
     from .shortcuts import Shortcut
     from .teacher import Teacher
+    from .variants import TeacherOnVariants
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
 
@@ -773,7 +777,26 @@ class CacheTeacher(Stage):
                 "counts": dict(self._corpus.counts),
             },
         )
+        if (on_variants := self._teacher_on_variants(store, specs, allocation.rows)) is not None:
+            from .variants import REPORT
+
+            atomic_write_bytes(Path(self.output_dir) / REPORT, on_variants.text().encode())
+            summary |= on_variants.summary()
+            content["on_variants"] = on_variants.content()
         return StageResult(summary=summary, content=content)
+
+    def _teacher_on_variants(
+        self, store: TeacherStore, specs: Sequence[ArraySpec], rows: npt.NDArray[np.int64]
+    ) -> TeacherOnVariants | None:
+        """What the captured logits say of variants; None where there are no such logits, or no variants."""
+        from .variants import TASKS, TeacherOnVariants
+
+        corpus = self._corpus
+        has_logits = any(spec.signal.name == "logits" for spec in specs) and corpus.info.task in TASKS
+        if not has_logits or corpus.table["parent_id"].null_count == len(corpus):
+            return None
+        reader = store.reader(rows=rows)
+        return TeacherOnVariants(corpus, lambda examples: reader.gather("logits", rows[examples]))
 
     def _dtype_effect(self, job: CaptureJob, shards: Sequence[int], context: StageContext) -> dict[str, Any] | None:
         """What the compute dtype does to logits, on some rows of the first shard that the teacher is to run over."""

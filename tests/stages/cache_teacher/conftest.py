@@ -55,7 +55,7 @@ class Bench:
             writer.writerows([text, labels[row % len(labels)]] for row, text in enumerate(texts))
         return str(file)
 
-    def stage(self, dataset: str, **options: Any) -> CacheTeacher:
+    def stage(self, dataset: str | None = None, **options: Any) -> CacheTeacher:
         options = {
             "teacher": str(self.teacher),
             "text_column": "text",
@@ -67,7 +67,7 @@ class Bench:
         } | options
         return CacheTeacher(dataset=dataset, **options)
 
-    def capture(self, dataset: str, *, overwrite: bool = False, **options: Any) -> Outcome:
+    def capture(self, dataset: str | None = None, *, overwrite: bool = False, **options: Any) -> Outcome:
         progress = Messages()
         outcome = execute(self.stage(dataset, **options), StageContext(progress=progress, overwrite=overwrite))
         self.said = progress.texts
