@@ -16,7 +16,7 @@ from ...pipeline.executor import ShardJob, check_execution, cluster_option, map_
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Progress, Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
-from .operators import DEFAULTS, FOLDERS, LISTED, OPERATORS, PRESETS, PROBABILITIES, TAGGED, WORD_OPERATORS
+from .operators import DEFAULTS, FOLDERS, LISTED, OPERATORS, PAIRED, PRESETS, PROBABILITIES, TAGGED, WORD_OPERATORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +78,8 @@ class Augment(Stage):
 
     operators: tuple[str, ...] = option(
         (),
-        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram, and exchange for pairs; "
-        "mask,pos,ngram or what the preset says. none only imports.",
+        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram, and for pairs exchange and "
+        "recombine; mask,pos,ngram or what the preset says. none only imports.",
         panel=_OPERATORS,
     )
     num_variants: int | None = option(
@@ -113,6 +113,12 @@ class Augment(Stage):
     exchange_probability: float | None = option(
         None,
         help="exchange: the two texts of a pair trade places, for tasks in which their order says nothing; 0.5.",
+        panel=_OPERATORS,
+    )
+    recombine_probability: float | None = option(
+        None,
+        help="recombine: a text of a pair becomes that of another row, for tasks in which their order says nothing; "
+        "0.1.",
         panel=_OPERATORS,
     )
     wordnet: str | None = option(None, help="synonym: folder of the files of WordNet 3.", panel=_OPERATORS)
@@ -210,8 +216,9 @@ class Augment(Stage):
             if len(names) > 1:
                 raise UsageError(f"operators {','.join(names)}: 'none' stands alone")
             return ()
-        if "exchange" in names and self.text_pair_column is None:
-            raise UsageError("operator 'exchange' needs pairs of texts", fix="give --text-pair-column")
+        for name in PAIRED:
+            if name in names and self.text_pair_column is None:
+                raise UsageError(f"operator {name!r} needs pairs of texts", fix="give --text-pair-column")
         for name, option_name in FOLDERS.items():
             flag = f"--{option_name.replace('_', '-')}"
             folder = getattr(self, option_name)
@@ -387,7 +394,8 @@ class Augment(Stage):
 
         from ..corpus.corpus import sorted_by_id, write_tables
         from .draws import AUG_VERSION
-        from .generate import ORIGINALS, pools_of, read_arrow, with_keys, write_arrow
+        from .generate import ORIGINALS, pools_of, read_arrow, texts_of, with_keys, write_arrow
+        from .recombine import texts_digest
         from .report import REPORT, Report
         from .words import WORDS_VERSION
 
@@ -456,6 +464,9 @@ class Augment(Stage):
                 },
                 **({"files": self._folder_digests} if self._folder_digests else {}),
             }
+            if texts := texts_of(plan):
+                sizes = [len(side.texts) for side in texts]
+                content["augmentation"]["recombine"] = {"digest": texts_digest(texts), "texts": sizes}
         shutil.rmtree(work)
         return StageResult(summary=summary, content=content)
 
@@ -540,7 +551,8 @@ class Augment(Stage):
     def _list_candidates(self, plan: Plan, progress: Progress) -> None:
         """Write the candidates of the words, for the operators that replace words by such."""
         from .candidates import as_column
-        from .generate import PIECES, pools_of, write_arrow
+        from .generate import ORIGINALS, PIECES, RECOMBINE, pools_of, read_arrow, write_arrow
+        from .recombine import text_tables
 
         makers = {"synonym": self._synonyms, "neighbour": self._neighbours, "mlm": self._neighbours_of_pieces}
         for name, make in makers.items():
@@ -549,6 +561,8 @@ class Augment(Stage):
                 pools = pools_of(plan)
                 progress.info(f"{name}: looking up {len(pools.words)} words")
                 write_arrow(as_column(make(plan, pools)), file)
+        if self._uses("recombine") and not (plan.folder / RECOMBINE).exists():
+            write_arrow(text_tables(read_arrow(plan.folder / ORIGINALS)), plan.folder / RECOMBINE)
         if self._uses("mlm"):
             from .mlm import MlmJob
 
@@ -612,7 +626,7 @@ def _figures(made: Counter[str]) -> dict[str, Any]:
         "variants_dropped": {reason: made[f"dropped_{reason}"] for reason in reasons},
         "words_seen": made["words"],
         "texts_seen": made["sides"],
-        "changes": {**words, **{name: {"texts": made[name]} for name in ("ngram", "exchange") if made[name]}},
+        "changes": {**words, **{name: {"texts": made[name]} for name in ("ngram", *PAIRED) if made[name]}},
     }
 
 

@@ -8,6 +8,7 @@ stays done when the run is killed:
   how often each word had which part of speech;
 - `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus; `pieces.arrow`: of those that a masked LM
   has in several pieces; `mlm-<chunk>.arrow`: of every place;
+- `recombine.arrow`: the texts of either side of all pairs;
 - `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata.
 """
 
@@ -36,6 +37,7 @@ from .draws import AUG_VERSION
 from .operators import OPERATORS
 from .pairs import SIDES
 from .pools import Pools
+from .recombine import Recombine, Texts, read_texts
 from .rules import Changed, RuleAugmenter, Rules, Variants
 from .tagger import load_tagger
 from .words import split_words
@@ -43,6 +45,7 @@ from .words import split_words
 ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
 PIECES = "pieces.arrow"
+RECOMBINE = "recombine.arrow"
 KEY_COLUMN = "text_key"
 WORDS_PER_BATCH = 1 << 17
 """Words of variants made at once: what is worked on stays in the caches of the processor."""
@@ -283,6 +286,7 @@ class VariantJob:
             mask_word=len(pools.words),
             candidates=vocabulary.candidates,
             places=places,
+            recombine=_recombine(plan, rows),
         )
         made = _Made(plan, rows, texts, vocabulary)
         ids = rows["example_id"].to_pylist()
@@ -296,6 +300,22 @@ class VariantJob:
         chunk, table = computed
         write_arrow(table, self.plan.file("variants", chunk))
         return chunk
+
+
+def texts_of(plan: Plan) -> tuple[Texts, ...]:
+    """What `recombine` draws from, per side; () where it does nothing."""
+    return read_texts(plan.folder / RECOMBINE, plan.digest) if plan.rules.recombine else ()
+
+
+def _recombine(plan: Plan, rows: pa.Table) -> Recombine | None:
+    sides = texts_of(plan)
+    if not sides:
+        return None
+    own = [
+        side.numbers(rows[f"text_{letter}"].combine_chunks())
+        for letter, side in zip(plan.letters(), sides, strict=True)
+    ]
+    return Recombine(plan.rules.recombine, tuple(own), tuple(len(side.texts) for side in sides))
 
 
 def _batches(texts: list[Ragged], num_variants: int) -> Iterator[range]:
@@ -342,6 +362,11 @@ class _Made:
             np.where(side.is_new, side.words.lengths, of_original[variants.rows])[kept]
             for side, of_original in zip(sides, self._lengths, strict=True)
         ]
+        for number, other in enumerate(texts_of(self._plan)):
+            chosen = variants.recombined[number][kept]
+            texts[number] = _replaced(texts[number], other.texts, chosen)
+            folded[number] = _replaced(folded[number], other.folded, chosen)
+            lengths[number] = np.where(chosen >= 0, other.lengths[chosen], lengths[number])
         if is_pair:
             turned = variants.exchanged[kept]
             texts, folded = [_turned(turned, *texts), _turned(turned, *folded)]
@@ -396,7 +421,8 @@ class _Made:
         plan, sides = self._plan, variants.changed
         is_new = np.logical_or.reduce([side.is_new for side in sides])
         mask_word = len(pools_of(plan).words)
-        reasons = {"unchanged": ~is_new & ~variants.exchanged}
+        is_recombined = np.logical_or.reduce([text >= 0 for text in variants.recombined])
+        reasons = {"unchanged": ~is_new & ~variants.exchanged & ~is_recombined}
         reasons["empty"] = np.logical_or.reduce([side.is_new & (side.words.lengths == 0) for side in sides])
         if not plan.keep_all_masked:
             reasons["all_masked"] = np.logical_or.reduce([_all_masked(side, mask_word) for side in sides])
@@ -414,6 +440,11 @@ def _texts(side: Changed, originals: pa.Array, strings: pa.Array, kept: npt.NDAr
     lists = pa.LargeListArray.from_arrays(pa.array(side.words.offsets), strings.take(pa.array(side.words.values)))
     new = pc.binary_join(lists, " ").cast(pa.string()).take(pa.array(kept))
     return pc.if_else(pa.array(side.is_new[kept]), new, originals)
+
+
+def _replaced(texts: pa.Array, others: pa.Array, chosen: npt.NDArray[np.int64]) -> pa.Array:
+    """The texts, and in their place others by number where that is not below 0."""
+    return pc.if_else(pa.array(chosen >= 0), others.take(pa.array(np.maximum(chosen, 0))), texts)
 
 
 def _turned(turned: npt.NDArray[np.bool_], a: pa.Array, b: pa.Array) -> list[pa.Array]:

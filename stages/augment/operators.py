@@ -6,8 +6,10 @@ from typing import Any
 
 WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "mlm", "delete", "swap")
 """Operators that share the draw of a word: their probabilities sum to at most 1."""
-OPERATORS = (*WORD_OPERATORS, "ngram", "exchange")
+OPERATORS = (*WORD_OPERATORS, "ngram", "exchange", "recombine")
 """All of them, in the order in which provenance names them."""
+PAIRED = ("exchange", "recombine")
+"""Operators that need pairs of texts."""
 TAGGED = ("pos", "synonym")
 """Operators that need parts of speech."""
 LISTED = ("neighbour", "mlm")
@@ -25,6 +27,7 @@ PROBABILITIES = {
     "swap": 0.1,
     "ngram": 0.25,
     "exchange": 0.5,
+    "recombine": 0.1,
 }
 """Of an operator that is asked for without one: as Tang et al. (2019), Wei and Zou (2019) and TinyBERT have them."""
 

@@ -6,7 +6,7 @@ order of `WORD_OPERATORS`) and keeping the word, n that such an operator chooses
 operator draws therefore does not depend on what others did.
 
 Word operators see the words of the original; then words that `swap` chose trade places, deleted ones go, and the window
-is cut from what is left.
+is cut from what is left. They leave a text alone that `recombine` replaces by another row's; its draws come last.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .operators import OPERATORS, WORD_OPERATORS
 from .pairs import sides
 from .pools import Pools
 from .pos import ReplaceByPos
+from .recombine import RECOMBINE_DRAWS, Recombine
 from .swap import trade_places
 from .words import WORDS_VERSION
 
@@ -38,7 +39,7 @@ TEXT_DRAWS = 2
 """Draws of a variant before those of its texts."""
 WINDOW_DRAWS = 3
 
-_EXCHANGE, _NGRAM, _SWAP = (OPERATORS.index(name) for name in ("exchange", "ngram", "swap"))
+_EXCHANGE, _NGRAM, _RECOMBINE, _SWAP = (OPERATORS.index(name) for name in ("exchange", "ngram", "recombine", "swap"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Rules:
     swap: float = 0.0
     ngram: float = 0.0
     exchange: float = 0.0
+    recombine: float = 0.0
     mask_token: str = "[MASK]"
     pair_sides: str = "cycle"
 
@@ -109,6 +111,7 @@ class Variants:
         iterations: int64 [V] 0 .. num_variants - 1.
         side: int64 [V] index into `pairs.SIDES`; 0 for single texts.
         exchanged: bool [V] whether the two texts of the pair trade places.
+        recombined: per side int64 [V] number of the text that takes its place (`recombine.Texts`); -1 for none.
         operators: uint16 [V] bit i: operator i changed something.
         changed: per side.
     """
@@ -117,6 +120,7 @@ class Variants:
     iterations: IntArray
     side: IntArray
     exchanged: npt.NDArray[np.bool_]
+    recombined: tuple[IntArray, ...]
     operators: npt.NDArray[np.uint16]
     changed: tuple[Changed, ...]
 
@@ -131,11 +135,12 @@ class RuleAugmenter:
         mask_word: the number of the mask token in the vocabulary.
         candidates: of `synonym` and `neighbour`, per word of the vocabulary.
         places: of `mlm`, per side and place.
+        recombine: the operator of that name, about the N examples that variants are made of.
 
     Attributes:
         counts: what was done so far: `words` seen, of every word operator words chosen under its name and those that
-            stayed what they were as `<name>_identical`, texts changed as `sides`, windows cut as `ngram` and pairs
-            turned round as `exchange`.
+            stayed what they were as `<name>_identical`, texts changed as `sides`, windows cut as `ngram`, pairs turned
+            round as `exchange` and pairs made anew as `recombine`.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class RuleAugmenter:
         mask_word: int,
         candidates: Mapping[str, Ragged] | None = None,
         places: Sequence[Ragged] = (),
+        recombine: Recombine | None = None,
     ) -> None:
         self._rules = rules
         self._draws = Draws(seed, rules.config_hash)
@@ -159,6 +165,7 @@ class RuleAugmenter:
             **{name: ReplaceByCandidate(rows) for name, rows in (candidates or {}).items()},
         }
         self._by_place = [ReplaceByCandidate(rows, by_place=True) for rows in places]
+        self._recombine = recombine
         self.counts: Counter[str] = Counter()
 
     def variants(
@@ -176,7 +183,8 @@ class RuleAugmenter:
         rows = np.repeat(np.asarray(chosen, dtype=np.int64), num_variants)
         iterations = np.tile(np.arange(num_variants), len(chosen))
         lengths = [text.lengths[rows] for text in texts]
-        counts = TEXT_DRAWS + sum(2 * length + WINDOW_DRAWS for length in lengths)
+        ends = TEXT_DRAWS + sum(2 * length + WINDOW_DRAWS for length in lengths)
+        counts = ends if self._recombine is None else ends + RECOMBINE_DRAWS
         repeated = [example_ids[row] for row in chosen for _ in range(num_variants)]
         draws, starts = self._draws.of(repeated, iterations.tolist(), np.asarray(counts))
         operators = np.zeros(len(rows), dtype=np.uint16)
@@ -186,13 +194,20 @@ class RuleAugmenter:
             exchanged = draws[starts + 1] < self._rules.exchange
             operators |= (exchanged << _EXCHANGE).astype(np.uint16)
             self.counts["exchange"] += int(exchanged.sum())
+        recombined = [np.full(len(rows), -1)] * len(texts)
+        if self._recombine is not None:
+            recombined = self._recombine.texts(rows, side, draws[(starts + ends)[:, None] + np.arange(RECOMBINE_DRAWS)])
+            is_new_pair = np.logical_or.reduce([text >= 0 for text in recombined])
+            operators |= (is_new_pair << _RECOMBINE).astype(np.uint16)
+            self.counts["recombine"] += int(is_new_pair.sum())
         starts = starts + TEXT_DRAWS
         changed = []
         for number, (text, length) in enumerate(zip(texts, lengths, strict=True)):
             is_chosen = np.ones(len(rows), dtype=bool) if len(texts) == 1 else (side == number) | (side == 2)
+            is_chosen &= recombined[number] < 0
             changed.append(self._changed(number, text, rows, is_chosen, draws, starts, operators))
             starts = starts + 2 * length + WINDOW_DRAWS
-        return Variants(rows, iterations, side, exchanged, operators, tuple(changed))
+        return Variants(rows, iterations, side, exchanged, tuple(recombined), operators, tuple(changed))
 
     def _changed(
         self,

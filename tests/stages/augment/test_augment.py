@@ -558,6 +558,7 @@ def test_presets_fill_in_what_is_not_given() -> None:
         ({"operators": ("neighbour",)}, "operator 'neighbour' needs --word-table"),
         ({"masked_lm": "x"}, "--masked-lm is given, and operator 'mlm' is not among --operators"),
         ({"operators": ("exchange",)}, "'exchange' needs pairs"),
+        ({"operators": ("recombine",)}, "'recombine' needs pairs"),
         ({"num_candidates": 0}, "--num-candidates is 0"),
         ({"transfer_ratio": 1.0}, "--transfer-ratio is 1.0; expected 0 or more, and --transfer-dataset"),
         ({"operators": ("mask",), "pos_probability": 0.6}, "add pos to --operators"),
