@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -131,6 +131,9 @@ class Augment(Stage):
     )
     mask_token: str = option("[MASK]", help="The teacher's mask token.", panel=_OPERATORS, choices=("[MASK]", "<mask>"))
     keep_all_masked: bool = option(False, help="Keep variants in which every word is masked.", panel=_OPERATORS)
+    keep_edits: bool = option(
+        False, help="Keep in a column aug_edits which words of its original a variant was changed at.", panel=_OPERATORS
+    )
     pair_sides: str | None = option(
         None,
         help="Text of a pair that a variant changes: first, second, both in turn (cycle), first and second in turn "
@@ -254,7 +257,9 @@ class Augment(Stage):
         if resolved["drop_all_changed"] and self.text_pair_column is None:
             config["drop_all_changed"] = True
         if not resolved["num_variants"]:
-            unused += ["keep_all_masked", "seed", "drop_all_changed"]
+            unused += ["keep_all_masked", "seed", "drop_all_changed", "keep_edits"]
+        if not self.keep_edits:  # corpora are older than the option
+            unused.append("keep_edits")
         if not self._uses("mask"):
             unused += ["mask_token", "keep_all_masked"]
         if not resolved["num_variants"] or self.text_pair_column is None:
@@ -370,10 +375,10 @@ class Augment(Stage):
             found["aug_version"] = f"{AUG_VERSION}, words {WORDS_VERSION}"
         if tagger is not None:
             found["tagger"] = fingerprint(tagger)
-        return found | self._folder_digests
+        return found | self.folder_digests
 
     @cached_property
-    def _folder_digests(self) -> dict[str, str]:
+    def folder_digests(self) -> dict[str, str]:
         """Hashes of the files that operators need, by option name."""
         from .checkpoint import checkpoint_digest
         from .synonym import wordnet_digest
@@ -392,9 +397,10 @@ class Augment(Stage):
         import numpy as np
         import pyarrow as pa
 
+        from ...pipeline.artifact import atomic_write_bytes
         from ..corpus.corpus import sorted_by_id, write_tables
         from .draws import AUG_VERSION
-        from .generate import ORIGINALS, pools_of, read_arrow, texts_of, with_keys, write_arrow
+        from .generate import FORBIDDEN, ORIGINALS, VariantJob, pools_of, read_arrow, texts_of, with_keys, write_arrow
         from .recombine import texts_digest
         from .report import REPORT, Report
         from .words import WORDS_VERSION
@@ -416,11 +422,16 @@ class Augment(Stage):
             write_arrow(originals.filter(pa.array(~leaks)), work / ORIGINALS)
         originals = read_arrow(work / ORIGINALS)
 
-        plan = self._plan(work.resolve(), len(originals), forbidden)
+        plan = None
+        if self.resolved["num_variants"]:
+            digest = fingerprint([self.inputs(), self.resolved["num_candidates"]])
+            plan = self.plan(work.resolve(), len(originals), task=self._originals.info.task, digest=digest)
         made: Counter[str] = Counter()
         kept: list[np.ndarray] = []
         if plan is not None:
-            self._do_chunks(plan, context.progress)
+            atomic_write_bytes(work / FORBIDDEN, b"".join(sorted(forbidden)))
+            self.prepare(plan, context.progress)
+            self._map(plan, "making variants", "variants", VariantJob(plan), context.progress)
             made, kept = _compared(plan, np.array(keys, dtype="S16")[~leaks])
         has_gold = originals["has_gold"].combine_chunks().true_count
         num_variants = sum(int(keep.sum()) for keep in kept)
@@ -452,7 +463,7 @@ class Augment(Stage):
                 "aug_version": AUG_VERSION,
                 "words_version": WORDS_VERSION,
                 "config_hash": plan.rules.config_hash.hex(),
-                "settings": {**self.resolved, "mask_token": self._rules.mask_token},
+                "settings": {**self.resolved, "mask_token": self.rules.mask_token},
                 "seed": self.seed,
                 "tagger": self.tagger_identity,
                 "pools": {
@@ -462,8 +473,10 @@ class Augment(Stage):
                     "tags_with_one_word": int((np.unique(pools.tags, return_counts=True)[1] == 1).sum()),
                     "expected_identical_rate": round(pools.identical_rate(), 6),
                 },
-                **({"files": self._folder_digests} if self._folder_digests else {}),
+                **({"files": self.folder_digests} if self.folder_digests else {}),
             }
+            if self.keep_edits:
+                content["augmentation"]["edit_operators"] = [*OPERATORS]
             if texts := texts_of(plan):
                 sizes = [len(side.texts) for side in texts]
                 content["augmentation"]["recombine"] = {"digest": texts_digest(texts), "texts": sizes}
@@ -480,32 +493,36 @@ class Augment(Stage):
                 '(pip install "kd-pipeline[offline]"; --tagger heuristic takes it without this warning)'
             )
 
-    def _plan(self, work: Path, num_rows: int, forbidden: set[bytes]) -> Plan | None:
-        """What to generate; None when there is nothing."""
-        from ...pipeline.artifact import atomic_write_bytes
-        from .generate import FORBIDDEN, Plan
+    def plan(self, work: Path, num_rows: int, *, task: str, digest: str) -> Plan:
+        """What to generate.
 
-        if not self.resolved["num_variants"]:
-            return None
-        atomic_write_bytes(work / FORBIDDEN, b"".join(sorted(forbidden)))
+        Args:
+            work: the working folder.
+            num_rows: originals.
+            task: of the corpus.
+            digest: of all that decides over the files in the folder.
+        """
+        from .generate import Plan
+
         return Plan(
             folder=work,
-            digest=fingerprint([self.inputs(), self.resolved["num_candidates"]]),
+            digest=digest,
             num_rows=num_rows,
             rows_per_chunk=max(1, VARIANTS_PER_CHUNK // self.resolved["num_variants"]),
-            task=self._originals.info.task,
+            task=task,
             tagger=self.tagger_identity["name"] if self.tagger_identity else None,
             language=self.language,
             is_pair=self.text_pair_column is not None,
-            rules=self._rules,
+            rules=self.rules,
             num_variants=self.resolved["num_variants"],
             seed=self.seed,
             keep_all_masked=self.keep_all_masked,
             keep_all_changed=not self.resolved["drop_all_changed"],
+            keep_edits=self.keep_edits,
         )
 
     @property
-    def _rules(self) -> Rules:
+    def rules(self) -> Rules:
         """What the operators do; what none of them uses is as it is by default, so that it changes no draw."""
         from .rules import Rules
 
@@ -516,17 +533,30 @@ class Augment(Stage):
             settings["pair_sides"] = self.resolved["pair_sides"]
         return Rules(**settings)
 
-    def _do_chunks(self, plan: Plan, progress: Progress) -> None:
-        """Split into words, look for candidates and make variants, where that is not done."""
-        from .generate import VariantJob, WordsJob
+    def prepare(self, plan: Plan, progress: Progress, chunks: Collection[int] | None = None) -> None:
+        """Split into words and look for candidates, where that is not done.
+
+        Args:
+            plan: what to generate; its folder has the originals.
+            progress: where to report.
+            chunks: that variants will be made of; all when not given.
+        """
+        from .generate import WordsJob
 
         self._map(plan, "splitting into words", "words", WordsJob(plan), progress)
-        self._list_candidates(plan, progress)
-        self._map(plan, "making variants", "variants", VariantJob(plan), progress)
+        self._list_candidates(plan, progress, chunks)
 
-    def _map(self, plan: Plan, title: str, kind: str, job: ShardJob[Any, int], progress: Progress) -> None:
-        """Do a job with every chunk that lacks a file of this kind."""
-        missing = plan.missing(kind)
+    def _map(
+        self,
+        plan: Plan,
+        title: str,
+        kind: str,
+        job: ShardJob[Any, int],
+        progress: Progress,
+        chunks: Collection[int] | None = None,
+    ) -> None:
+        """Do a job with every chunk, or these, that lacks a file of this kind."""
+        missing = [chunk for chunk in plan.missing(kind) if chunks is None or chunk in chunks]
         task = progress.task(title, total=sum(plan.rows_of(chunk) for chunk in missing))
         failed = [
             f"chunk {outcome.shard}: {outcome.failure}"
@@ -548,7 +578,7 @@ class Augment(Stage):
                 fix="run the same command again; finished chunks are kept",
             )
 
-    def _list_candidates(self, plan: Plan, progress: Progress) -> None:
+    def _list_candidates(self, plan: Plan, progress: Progress, chunks: Collection[int] | None) -> None:
         """Write the candidates of the words, for the operators that replace words by such."""
         from .candidates import as_column
         from .generate import ORIGINALS, PIECES, RECOMBINE, pools_of, read_arrow, write_arrow
@@ -568,7 +598,7 @@ class Augment(Stage):
 
             assert self.masked_lm is not None
             job = MlmJob(plan, str(Path(self.masked_lm).resolve()), self.resolved["num_candidates"])
-            self._map(plan, "asking the masked LM", "mlm", job, progress)
+            self._map(plan, "asking the masked LM", "mlm", job, progress, chunks)
 
     def _synonyms(self, plan: Plan, pools: Pools) -> list[list[str]]:
         from .synonym import synonym_lists
@@ -634,8 +664,11 @@ def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray], re
     """The rows of the corpus as they are written; shows the variants to the report."""
     import pyarrow as pa
 
+    from ..corpus.schema import EDITS_FIELD
     from .generate import KEY_COLUMN, read_arrow
 
+    if plan is not None and plan.keep_edits:
+        originals = originals.append_column(EDITS_FIELD, pa.nulls(len(originals), EDITS_FIELD.type))
     yield originals
     if plan is not None:
         for chunk, keep in enumerate(kept):

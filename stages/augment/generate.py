@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from ...pipeline.ragged import Ragged
-from ..corpus.schema import example_id, normalised, schema
+from ..corpus.schema import EDITS_FIELD, example_id, normalised, schema
 from .candidates import from_column
 from .dedup import joined, text_key
 from .draws import AUG_VERSION
@@ -71,6 +71,7 @@ class Plan:
         seed: of all draws.
         keep_all_masked: whether variants of nothing but mask tokens are kept.
         keep_all_changed: whether variants of single texts that keep no word are kept.
+        keep_edits: whether a variant says at which words it was changed.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class Plan:
     seed: int
     keep_all_masked: bool
     keep_all_changed: bool = True
+    keep_edits: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -270,36 +272,50 @@ class VariantJob:
     plan: Plan
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
-        plan = self.plan
-        rows, texts, pools = plan.originals(shard), plan.texts(shard), pools_of(plan)
-        vocabulary, places = _vocabulary(plan), []
-        if plan.rules.mlm:
-            table = read_arrow(plan.file("mlm", shard))
-            for letter in plan.letters():
-                found, words = from_column(table.filter(pc.equal(table["side"], letter)), len(vocabulary.words))
-                places.append(found)
-                vocabulary = vocabulary.extended(words)
-        augmenter = RuleAugmenter(
-            plan.rules,
-            pools,
-            plan.seed,
-            mask_word=len(pools.words),
-            candidates=vocabulary.candidates,
-            places=places,
-            recombine=_recombine(plan, rows),
-        )
-        made = _Made(plan, rows, texts, vocabulary)
-        ids = rows["example_id"].to_pylist()
-        for batch in _batches(texts, plan.num_variants):
-            made.add(augmenter.variants(ids, texts, plan.num_variants, of=batch))
-            advance(len(batch))
-        counts = made.counts + augmenter.counts
-        return shard, made.table().replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
+        table, counts = variants_of(self.plan, shard, advance=advance)
+        return shard, table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
 
     def finish(self, computed: tuple[int, pa.Table]) -> int:
         chunk, table = computed
         write_arrow(table, self.plan.file("variants", chunk))
         return chunk
+
+
+def variants_of(
+    plan: Plan, chunk: int, of: Iterable[range] | None = None, advance: Callable[[int], None] = lambda rows: None
+) -> tuple[pa.Table, Counter[str]]:
+    """`(variants, counts)`: those of a chunk that can stand alone, as rows of a corpus with their text keys.
+
+    Args:
+        plan: what is made; the chunk has its words and candidates.
+        chunk: its number.
+        of: runs of its rows that are done together; all when not given.
+        advance: is told of rows that are done.
+    """
+    rows, texts, pools = plan.originals(chunk), plan.texts(chunk), pools_of(plan)
+    vocabulary, places = _vocabulary(plan), []
+    if plan.rules.mlm:
+        table = read_arrow(plan.file("mlm", chunk))
+        for letter in plan.letters():
+            found, words = from_column(table.filter(pc.equal(table["side"], letter)), len(vocabulary.words))
+            places.append(found)
+            vocabulary = vocabulary.extended(words)
+    augmenter = RuleAugmenter(
+        plan.rules,
+        pools,
+        plan.seed,
+        mask_word=len(pools.words),
+        candidates=vocabulary.candidates,
+        places=places,
+        recombine=_recombine(plan, rows),
+        keep_edits=plan.keep_edits,
+    )
+    made = _Made(plan, rows, texts, vocabulary)
+    ids = rows["example_id"].to_pylist()
+    for batch in _batches(texts, plan.num_variants) if of is None else of:
+        made.add(augmenter.variants(ids, texts, plan.num_variants, of=batch))
+        advance(len(batch))
+    return made.table(), made.counts + augmenter.counts
 
 
 def texts_of(plan: Plan) -> tuple[Texts, ...]:
@@ -388,6 +404,8 @@ class _Made:
                 KEY_COLUMN: pa.array(keys, pa.binary(16)),
             }
         )
+        if variants.edits is not None:
+            table = table.append_column(EDITS_FIELD.name, variants.edits.column(kept, len(variants.rows)))
         self._tables.append(table.filter(pa.array(~leaks)) if leaks.any() else table)
 
     def table(self) -> pa.Table:
@@ -407,7 +425,7 @@ class _Made:
             "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
             **{name: parents[name] for name in ("task", "split", "source")},
         }
-        wanted = schema(plan.task)
+        wanted = schema(plan.task, edits=plan.keep_edits)
         arrays = []
         for field in wanted:
             if field.name in made.column_names:

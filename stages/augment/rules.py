@@ -25,6 +25,7 @@ from ...pipeline.ragged import Ragged, offsets_of, ranges
 from .candidates import ReplaceByCandidate
 from .delete import DELETED, Delete
 from .draws import AUG_VERSION, Draws, FloatArray, IntArray
+from .edits import WHOLE, Edits
 from .mask import Mask
 from .ngram import Window
 from .operators import OPERATORS, WORD_OPERATORS
@@ -114,6 +115,7 @@ class Variants:
         recombined: per side int64 [V] number of the text that takes its place (`recombine.Texts`); -1 for none.
         operators: uint16 [V] bit i: operator i changed something.
         changed: per side.
+        edits: what was changed where; None where that is not asked for.
     """
 
     rows: IntArray
@@ -123,6 +125,7 @@ class Variants:
     recombined: tuple[IntArray, ...]
     operators: npt.NDArray[np.uint16]
     changed: tuple[Changed, ...]
+    edits: Edits | None = None
 
 
 class RuleAugmenter:
@@ -136,6 +139,7 @@ class RuleAugmenter:
         candidates: of `synonym` and `neighbour`, per word of the vocabulary.
         places: of `mlm`, per side and place.
         recombine: the operator of that name, about the N examples that variants are made of.
+        keep_edits: whether `Variants.edits` is wanted.
 
     Attributes:
         counts: what was done so far: `words` seen, of every word operator words chosen under its name and those that
@@ -153,6 +157,7 @@ class RuleAugmenter:
         candidates: Mapping[str, Ragged] | None = None,
         places: Sequence[Ragged] = (),
         recombine: Recombine | None = None,
+        keep_edits: bool = False,
     ) -> None:
         self._rules = rules
         self._draws = Draws(seed, rules.config_hash)
@@ -166,6 +171,7 @@ class RuleAugmenter:
         }
         self._by_place = [ReplaceByCandidate(rows, by_place=True) for rows in places]
         self._recombine = recombine
+        self._keep_edits = keep_edits
         self.counts: Counter[str] = Counter()
 
     def variants(
@@ -188,26 +194,32 @@ class RuleAugmenter:
         repeated = [example_ids[row] for row in chosen for _ in range(num_variants)]
         draws, starts = self._draws.of(repeated, iterations.tolist(), np.asarray(counts))
         operators = np.zeros(len(rows), dtype=np.uint16)
+        edits = Edits() if self._keep_edits else None
         side, exchanged = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=bool)
         if len(texts) == 2:
             side = sides(iterations, self._rules.pair_sides, draws[starts])
             exchanged = draws[starts + 1] < self._rules.exchange
             operators |= (exchanged << _EXCHANGE).astype(np.uint16)
             self.counts["exchange"] += int(exchanged.sum())
+            if edits is not None:
+                edits.note(np.flatnonzero(exchanged), WHOLE, WHOLE, _EXCHANGE)
         recombined = [np.full(len(rows), -1)] * len(texts)
         if self._recombine is not None:
             recombined = self._recombine.texts(rows, side, draws[(starts + ends)[:, None] + np.arange(RECOMBINE_DRAWS)])
             is_new_pair = np.logical_or.reduce([text >= 0 for text in recombined])
             operators |= (is_new_pair << _RECOMBINE).astype(np.uint16)
             self.counts["recombine"] += int(is_new_pair.sum())
+            for number, text in enumerate(recombined):
+                if edits is not None:
+                    edits.note(np.flatnonzero(text >= 0), number, WHOLE, _RECOMBINE)
         starts = starts + TEXT_DRAWS
         changed = []
         for number, (text, length) in enumerate(zip(texts, lengths, strict=True)):
             is_chosen = np.ones(len(rows), dtype=bool) if len(texts) == 1 else (side == number) | (side == 2)
             is_chosen &= recombined[number] < 0
-            changed.append(self._changed(number, text, rows, is_chosen, draws, starts, operators))
+            changed.append(self._changed(number, text, rows, is_chosen, draws, starts, operators, edits))
             starts = starts + 2 * length + WINDOW_DRAWS
-        return Variants(rows, iterations, side, exchanged, tuple(recombined), operators, tuple(changed))
+        return Variants(rows, iterations, side, exchanged, tuple(recombined), operators, tuple(changed), edits)
 
     def _changed(
         self,
@@ -218,8 +230,10 @@ class RuleAugmenter:
         draws: FloatArray,
         starts: IntArray,
         operators: npt.NDArray[np.uint16],
+        edits: Edits | None,
     ) -> Changed:
-        """One side of the variants that `is_chosen` names; sets the bits of what changed them in `operators`."""
+        """One side of the variants that `is_chosen` names; sets the bits of what changed them in `operators`, and notes
+        the places in `edits`."""
         lengths = np.where(is_chosen, text.lengths[rows], 0)
         offsets = offsets_of(lengths)
         variant = np.repeat(np.arange(len(rows)), lengths)
@@ -232,12 +246,17 @@ class RuleAugmenter:
         self.counts["words"] += len(old)
         self.counts["sides"] += int(is_chosen.sum())
 
-        def note(number: int, at: IntArray) -> None:
+        def count(number: int, at: IntArray) -> None:
             """Count what an operator was to change, and mark the variants it did change."""
             name, is_other = OPERATORS[number], new[at] != old[at]
             self.counts[name] += len(at)
             self.counts[f"{name}_identical"] += len(at) - int(is_other.sum())
             operators[variant[at[is_other]]] |= np.uint16(1 << number)
+
+        def note(number: int, at: IntArray) -> None:
+            """Note what an operator changed, if anybody wants to know."""
+            if edits is not None:
+                edits.note(variant[at], side, at - offsets[variant[at]], number)
 
         for number, name in enumerate(WORD_OPERATORS[:_SWAP]):
             at = np.flatnonzero(chosen == number)
@@ -245,11 +264,14 @@ class RuleAugmenter:
                 continue
             operator = self._by_place[side] if name == "mlm" else self._operators[name]
             new[at] = operator.replace(old[at], places[at], choosing[at])
-            note(number, at)
+            count(number, at)
+            note(number, at[new[at] != old[at]])
         at = np.flatnonzero(chosen == _SWAP)
         partners = offsets[variant[at]] + (choosing[at] * lengths[variant[at]]).astype(np.int64)
+        before = new.copy() if edits is not None else new
         trade_places(new, at, partners, variant[at])
-        note(_SWAP, at)
+        count(_SWAP, at)
+        note(_SWAP, np.flatnonzero(new != before))
 
         num_new = np.bincount(variant[new != old], minlength=len(rows))
         is_new, all_new = num_new > 0, (num_new == lengths) & (num_new > 0)
@@ -262,5 +284,8 @@ class RuleAugmenter:
         first, last = np.where(is_chosen, first, 0), np.where(is_chosen, last, 0)
         operators[is_cut] |= np.uint16(1 << _NGRAM)
         self.counts["ngram"] += int(is_cut.sum())
-        words = words[ranges(offsets_of(lengths)[:-1] + first, last - first)]
+        inside = ranges(offsets_of(lengths)[:-1] + first, last - first)
+        if edits is not None:
+            note(_NGRAM, np.delete(np.flatnonzero(kept), inside))
+        words = words[inside]
         return Changed(Ragged.from_lengths(words, last - first), is_new | is_cut, all_new)

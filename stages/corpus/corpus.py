@@ -24,7 +24,7 @@ from ...pipeline.fingerprint import canonical_json, differing_fields
 from ...pipeline.ragged import Ragged
 from .files import RawTable, read_raw
 from .labels import Labels, match_labels, queue_place, read_indicator_columns, read_labels
-from .schema import NO_LABEL, CorpusInfo, example_id, example_ids, label_field, normalised, schema
+from .schema import EDITS_FIELD, NO_LABEL, CorpusInfo, example_id, example_ids, label_field, normalised, schema
 from .source import DatasetSource
 from .tokens import holds_words, read_tags, read_words
 
@@ -552,11 +552,14 @@ def write_tables(
     }
 
 
-def open_corpus(path: Path | str) -> Corpus:
+def open_corpus(path: Path | str, *, edits: bool = False) -> Corpus:
     """The corpus in an artifact folder.
 
+    Args:
+        edits: with the column `aug_edits` (see `schema.schema`), which is for audits: nothing else reads it.
+
     Raises:
-        RefusedError: not a finished corpus, or its files are not those that were written.
+        RefusedError: not a finished corpus, its files are not those that were written, or it has no edits.
     """
     artifact = open_artifact(path, kind="corpus")
     content, again = artifact.content, "make the corpus again: kd augment ... --overwrite"
@@ -578,8 +581,11 @@ def open_corpus(path: Path | str) -> Corpus:
                 fix=again,
             )
     info = CorpusInfo.from_json(content.get("info"))
-    tables = [pq.read_table(artifact.path / record["file"], schema=schema(info.task)) for record in files]
-    table = pa.concat_tables(tables) if tables else schema(info.task).empty_table()
+    wanted, paths = schema(info.task, edits=edits), [artifact.path / record["file"] for record in files]
+    if edits and not all(EDITS_FIELD.name in pq.read_schema(path).names for path in paths):
+        raise RefusedError(f"corpus {artifact.path} does not say what was changed where", fix="kd augment --keep-edits")
+    tables = [pq.read_table(path, schema=wanted) for path in paths]
+    table = pa.concat_tables(tables) if tables else wanted.empty_table()
     if len(table) != content.get("num_rows"):
         raise RefusedError(
             f"corpus {artifact.path} has {len(table)} rows, its manifest says {content.get('num_rows')!r}", fix=again

@@ -43,6 +43,8 @@ _PROVENANCE_COLUMNS = (
     ("n_words_b", pa.int32()),
     ("source", pa.dictionary(pa.int32(), pa.string())),
 )
+EDITS_FIELD = pa.field("aug_edits", pa.list_(pa.struct([("side", pa.int8()), ("pos", pa.int32()), ("op", pa.int8())])))
+"""Which words of its original a variant was changed at: a column that a corpus has if it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def label_field(task: str) -> str:
     return _LABEL_COLUMN[task][0]
 
 
-def schema(task: str) -> pa.Schema:
+def schema(task: str, *, edits: bool = False) -> pa.Schema:
     """The Arrow schema of a corpus of this task.
 
     Key columns: `example_id` (see `example_ids`); `parent_id`, the example a variant was made from, null for
@@ -102,9 +104,14 @@ def schema(task: str) -> pa.Schema:
     `label_score` (float32), `labels` (list<int8>, one 0 or 1 per class) or `tags` (list<int16>, one index into the
     label names per word). The words of a token task are `text_a.split(" ")`. `aug_op` is "orig" or how the row was
     made; the other `aug_*` columns, `seed` and the word counts are null for rows that no augmentation has seen.
+
+    Args:
+        edits: with `aug_edits`, which says of a variant at which words of its original (`side` 0 or 1, `pos` from 0) it
+            was changed, and by which operator (`op`, index into the names in the manifest of the corpus); -1 where an
+            operator acts on a whole text, or on both.
     """
     assert task in TASKS, task
-    return pa.schema([*_TEXT_COLUMNS, _LABEL_COLUMN[task], *_PROVENANCE_COLUMNS])
+    return pa.schema([*_TEXT_COLUMNS, _LABEL_COLUMN[task], *_PROVENANCE_COLUMNS, *([EDITS_FIELD] if edits else [])])
 
 
 def normalised(text: str) -> str:
