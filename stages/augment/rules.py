@@ -206,12 +206,12 @@ class RuleAugmenter:
         recombined = [np.full(len(rows), -1)] * len(texts)
         if self._recombine is not None:
             recombined = self._recombine.texts(rows, side, draws[(starts + ends)[:, None] + np.arange(RECOMBINE_DRAWS)])
-            is_new_pair = np.logical_or.reduce([text >= 0 for text in recombined])
+            is_new_pair = np.logical_or.reduce([others >= 0 for others in recombined])
             operators |= (is_new_pair << _RECOMBINE).astype(np.uint16)
             self.counts["recombine"] += int(is_new_pair.sum())
-            for number, text in enumerate(recombined):
+            for number, others in enumerate(recombined):
                 if edits is not None:
-                    edits.note(np.flatnonzero(text >= 0), number, WHOLE, _RECOMBINE)
+                    edits.note(np.flatnonzero(others >= 0), number, WHOLE, _RECOMBINE)
         starts = starts + TEXT_DRAWS
         changed = []
         for number, (text, length) in enumerate(zip(texts, lengths, strict=True)):

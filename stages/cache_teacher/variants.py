@@ -67,9 +67,9 @@ class Answers:
         """[K] 1 where the decisions on two rows differ in any class, else 0; for regression how far they are apart."""
         here, there = self.decided[rows], self.decided[others]
         if here.dtype.kind == "f":
-            return np.abs(here - there)
+            return np.asarray(np.abs(here - there))
         differ = here != there
-        return (differ.any(axis=1) if differ.ndim == 2 else differ).astype(np.float64)
+        return np.asarray(differ.any(axis=1) if differ.ndim == 2 else differ, np.float64)
 
 
 class TeacherOnVariants:
