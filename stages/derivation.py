@@ -24,8 +24,9 @@ from .cache_teacher.sidecars import groups_of
 
 NUM_TOKENS = "num_tokens"
 """Beside the signals of a batch that has tokens or pairs: int64 [B], how many each row has."""
-POSITIONS = "mask_positions"
-"""Beside the signals of masked rows: int64 [B, M], which tokens are asked for; below 0 in slots that are not used."""
+POSITIONS = "positions"
+"""Beside the signals of masked rows, and of words: int64 [B, M], which of the teacher's tokens are asked for; below 0
+in slots that are not used."""
 
 SidecarTensors = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -35,7 +36,7 @@ class Derivation:
 
     Args:
         config: the teacher's transformers config.
-        head: what is on top of it: "sequence-classification", "masked-lm" or "none".
+        head: what is on top of it: "sequence-classification", "token-classification", "masked-lm" or "none".
         tensors: gives the tensors of a sidecar by its name.
     """
 
@@ -55,7 +56,8 @@ class Derivation:
 
     def derive(self, signal: Signal, batch: Mapping[str, Tensor]) -> Tensor:
         """One signal, float32, from those right below it in the lattice: [B, C], [B, D], [B, T, D], [B, T, 3, D] or
-        [B, H, T, T]; zeros where a row has no tokens. Of masked tokens: states [B, M, D], and logits [P, V] row by row.
+        [B, H, T, T]; zeros where a row has no tokens. Of masked tokens: states [B, M, D], and logits [P, V] row by row;
+        logits of tokens [B, T, C], or [P, C] row by row of those that `POSITIONS` asks for.
 
         Raises:
             KeyError: nothing in the lattice leads to it.
@@ -72,7 +74,12 @@ class Derivation:
             return at_positions(sources[0].float(), batch[POSITIONS])
         if signal.name == "mlm.logits":
             return self._logits(sources[0].float()[batch[POSITIONS] >= 0])[:, 0]
+        if signal.name == "logits.tok" and POSITIONS in batch:
+            return self._logits(taken_at(sources[0], batch[POSITIONS]).float())[:, 0]
         mask_BT = _mask(batch[NUM_TOKENS], sources[0].shape[1])
+        if signal.name == "logits.tok":
+            logits_BTC = self._logits(sources[0].float().flatten(0, 1)).view(*mask_BT.shape, -1)
+            return logits_BTC * mask_BT[..., None]
         if signal.name == "hidden.mean":
             return sources[0].float().sum(1) / mask_BT.sum(1, keepdim=True)
         if signal.name == "hidden.tok":
@@ -209,6 +216,9 @@ class DerivedSignals(Mapping[str, Tensor]):
                 self._found[name] = self._derivation.derive(Signal.parse(name), self)
         return self._found[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
@@ -230,6 +240,16 @@ def at_positions(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
     """[B, M, D] states of the tokens at some positions; zeros where a position is below 0."""
     index_BMD = positions_BM.clamp(min=0)[..., None].expand(-1, -1, hidden_BTD.shape[-1])
     return hidden_BTD.gather(1, index_BMD) * (positions_BM >= 0)[..., None]
+
+
+def taken_at(values_BTD: Tensor, positions_BW: Tensor) -> Tensor:
+    """[P, D] values of the tokens at some positions, row by row; positions below 0 ask for none.
+
+    >>> taken_at(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), torch.tensor([[1, -1], [0, 1]])).flatten().tolist()
+    [2.0, 3.0, 4.0]
+    """
+    rows_P, slots_P = torch.nonzero(positions_BW >= 0, as_tuple=True)
+    return values_BTD[rows_P, positions_BW[rows_P, slots_P]]
 
 
 def with_last_hidden_state(output: Any, hidden: Tensor) -> Any:

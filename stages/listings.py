@@ -189,7 +189,8 @@ class ListSignals(Stage):
 
         kind, sizes = SIGNALS[name], teacher.sizes
         layers = teacher.num_layers + 1 - kind.first_layer if kind.per_layer else 1
-        if 0 in sizes.shape(signal := Signal(name, teacher.num_layers if kind.per_layer else None)):
+        other_head = name in ("logits", "logits.tok") and teacher.tags_tokens != (name == "logits.tok")
+        if other_head or 0 in sizes.shape(signal := Signal(name, teacher.num_layers if kind.per_layer else None)):
             return {"layers": 0, "bytes": None, "bytes_all_layers": None}
         entries: dict[Axis, int] = {"example": 1, "token": self.length, "pair": self.length**2}
         one = sizes.of(signal, entries)
@@ -224,6 +225,7 @@ class ListSignals(Stage):
 
 NEEDS: Mapping[str, str] = {
     "logits": "needs a teacher with a classification head",
+    "logits.tok": "needs a token classifier; --signals logits asks such a teacher for it",
     "hidden.cls": "",
     "hidden.mean": "",
     "hidden.tok": "needs a student that reads the teacher's tokens",

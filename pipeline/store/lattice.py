@@ -3,6 +3,7 @@
     token_ids --(embeddings)--> hidden.tok@0
     hidden.tok@l-1 --(attn_in@l)--> attention.qkv@l --[attention]--> attention.score@l
     hidden.tok@l --> hidden.cls@l, hidden.mean@l        hidden.cls@L --(head)--> logits        L: the last layer
+                                                        hidden.tok@L --(head)--> logits.tok    of a token classifier
     hidden.tok@L --> mlm.hidden --(head)--> mlm.logits        where the store's identity says how rows are masked
 
 In parentheses the sidecar. A sidecar of weights says nothing of how they are used, so `embeddings` and `head` count
@@ -46,6 +47,8 @@ def route_to(signal: Signal, num_layers: int) -> Route | None:
     name, layer = signal.name, signal.layer
     if name == "logits":
         return Route((Signal("hidden.cls", num_layers),), "head", "head.proof")
+    if name == "logits.tok":
+        return Route((Signal("hidden.tok", num_layers),), "head", "tokens.proof")
     if name == "mlm.logits":
         return Route((Signal("mlm.hidden"),), "head", "mlm.proof")
     if name == "mlm.hidden":
@@ -101,7 +104,7 @@ def derivable(
     """
     stored = {spec.signal for spec in specs}
     layers = sorted({s.layer for s in stored if s.layer is not None} | set(range(num_layers + 1)))
-    wanted = [Signal("logits")] if num_layers else []
+    wanted = [Signal("logits"), Signal("logits.tok")] if num_layers else []
     wanted += [Signal("mlm.hidden"), Signal("mlm.logits")] if num_layers and masked else []
     wanted += [
         Signal(name, layer)

@@ -37,6 +37,9 @@ class SignalKind:
 
 SIGNALS: Mapping[str, SignalKind] = {
     "logits": SignalKind("example", ("label",), False, "float32", "raw scores of the head, before any softmax"),
+    "logits.tok": SignalKind(
+        "token", ("label",), False, "float32", "raw scores of a token classifier's head at every token"
+    ),
     "hidden.cls": SignalKind("example", ("hidden",), True, "float16", "hidden state of the first token"),
     "hidden.mean": SignalKind("example", ("hidden",), True, "float16", "mean hidden state over the row's tokens"),
     "hidden.tok": SignalKind("token", ("hidden",), True, "float16", "hidden state of every token"),

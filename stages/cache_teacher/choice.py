@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ...pipeline.errors import RefusedError, UsageError
 from ...pipeline.store.lattice import sources_of
 from ...pipeline.store.signal import Axis, Signal, Sizes
+from .shortcuts import signal_of
 
 if TYPE_CHECKING:
     from ...pipeline.store.plan import ShardSize
@@ -90,8 +91,8 @@ def smallest(
         there = (stored or {}).get(item)
         return entries if there is None else {axis: max(0, count - there[axis]) for axis, count in entries.items()}
 
-    if Signal("logits") in needed:
-        signals[Signal("logits")] = None  # 4 bytes a label: nothing that gives them is smaller
+    # 4 bytes a label: nothing that gives them is smaller.
+    signals |= dict.fromkeys(signal for signal in (Signal("logits"), Signal("logits.tok")) if signal in needed)
     for layer in range(num_layers + 1):
         tokens = Signal("hidden.tok", layer)
         sentence = [s for s in needed if s.layer == layer and s.name in ("hidden.cls", "hidden.mean")]
@@ -201,7 +202,8 @@ def needs_of(terms: Iterable[Term], shapes: Shapes) -> tuple[Signal, ...]:
 def profile_needs(name: str, teacher: Teacher) -> tuple[tuple[Signal, ...], tuple[str, ...]]:
     """(signals, sidecars) that a profile promises."""
     last = teacher.num_layers
-    logits = {"sequence-classification": [Signal("logits")], "masked-lm": [Signal("mlm.logits")]}.get(teacher.head, [])
+    given = signal_of("head", teacher.head)
+    logits = [] if given is None else [given]
     sentence = [Signal(f"hidden.{kind}", layer) for kind in ("cls", "mean") for layer in range(1, last + 1)]
     relation = [*logits, *sentence, Signal("attention.qkv", last)]
     if name == "logits":

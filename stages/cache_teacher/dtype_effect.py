@@ -32,11 +32,14 @@ def measure_dtype_effect(job: CaptureJob, teacher: Teacher, shard: int) -> dict[
     rows = held.token_ids.take(chosen), held.segment_ids.take(chosen)
     exact = LoadedTeacher(teacher, teacher.load("float32"), job.device)
     teacher.unload()  # a checkpoint in float32 was kept for the next who asks
+    signal = Signal("logits.tok" if teacher.tags_tokens else "logits")
     logits = [
-        _logits(loaded, *rows, job.store.layout.batch_tokens)
-        for loaded in (exact.runner({Signal("logits"): "float32"}), job.runner({Signal("logits"): "float32"}))
+        _logits(loaded, signal, *rows, job.store.layout.batch_tokens)
+        for loaded in (exact.runner({signal: "float32"}), job.runner({signal: "float32"}))
     ]
-    return {"dtype": job.dtype, "rows": len(chosen), **effect_on_logits(*logits, task=teacher.task or "")}
+    # Every token is one decision.
+    task = "single-label" if teacher.tags_tokens else teacher.task or ""
+    return {"dtype": job.dtype, "rows": len(chosen), **effect_on_logits(*logits, task=task)}
 
 
 def sample(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -94,11 +97,9 @@ def describe_effect(effect: dict[str, Any]) -> str:
     )
 
 
-def _logits(runner: Any, token_ids: Ragged, segment_ids: Ragged, batch_tokens: int) -> Array:
+def _logits(runner: Any, signal: Signal, token_ids: Ragged, segment_ids: Ragged, batch_tokens: int) -> Array:
+    """[rows, C], or [tokens, C], in the order of the batches, which follows from the rows."""
     from .runner import plan_batches
 
-    logits_B: list[Array] = [np.empty(0)] * len(token_ids)
-    for batch in runner.run(token_ids, segment_ids, plan_batches(token_ids.lengths, batch_tokens)):
-        for slot, row in zip(batch.slots.tolist(), batch.values[Signal("logits")], strict=True):
-            logits_B[slot] = row
-    return np.stack(logits_B)
+    batches = runner.run(token_ids, segment_ids, plan_batches(token_ids.lengths, batch_tokens))
+    return np.concatenate([batch.values[signal] for batch in batches])

@@ -34,6 +34,7 @@ class Plan:
         sidecars: to be added.
         teacher: whose tensors the sidecars hold.
         max_bytes: the budget; None is the free disk.
+        first_pieces: which token every word of a token task begins with; None for other tasks.
     """
 
     url: str
@@ -50,6 +51,7 @@ class Plan:
     sidecars: tuple[str, ...]
     teacher: Teacher
     max_bytes: int | None
+    first_pieces: Ragged | None = None
 
     @cached_property
     def _sizes_to_compute(self) -> list[ShardSize]:

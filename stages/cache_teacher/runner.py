@@ -216,7 +216,11 @@ class Runner:
                 self._keep(layer, output.hidden_states[layer])
         values, extremes = {}, []
         for signal, dtype in self._signals.items():
-            value = output.logits if signal.name.endswith("logits") else self._states[signal]
+            value: Tensor
+            if signal.name == "logits.tok":
+                value = every_token(output.logits, batch)
+            else:
+                value = output.logits if signal.name.endswith("logits") else self._states[signal]
             if signal.name == "mlm.logits":
                 assert batch.positions_BM is not None
                 value = value * (batch.positions_BM >= 0)[..., None]

@@ -59,8 +59,10 @@ def signal_of(sidecar: str, head: str) -> Signal | None:
         return Signal("attention.qkv", int(layer))
     if sidecar == "embeddings":
         return Signal("hidden.tok", 0)
-    scores = {"sequence-classification": Signal("logits"), "masked-lm": Signal("mlm.logits")}
-    return scores.get(head) if sidecar == "head" else None
+    if sidecar != "head" or head == "none":
+        return None
+    scores = {"sequence-classification": "logits", "token-classification": "logits.tok", "masked-lm": "mlm.logits"}
+    return Signal(scores[head])
 
 
 def try_shortcuts(

@@ -79,6 +79,7 @@ PROOFS = {
     "embeddings.proof": "hidden.tok@0",
     "head.proof": "logits",
     "mlm.proof": "mlm.logits",
+    "tokens.proof": "logits.tok",
     "attention.proof": "attention.score",
 }
 """Sidecars that say that a signal follows as the lattice has it: a capture saw it."""

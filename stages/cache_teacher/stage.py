@@ -14,6 +14,7 @@ from ...pipeline.artifact import Artifact, atomic_write_bytes
 from ...pipeline.errors import IncompleteError, KdError, RefusedError, UsageError
 from ...pipeline.executor import ShardOutcome, check_execution, cluster_option, map_shards, workers_option
 from ...pipeline.stage import Stage, StageContext, StageResult, option
+from ..corpus.source import TASKS
 from .choice import PROFILES, STATES
 from .plan import Plan, plan_table, recoded_shards
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ...pipeline.ragged import Ragged
     from ...pipeline.store import ArraySpec, InputRows, Signal, StoreIdentity, StoreLayout, TeacherStore
     from ..corpus import Corpus
     from ..train_student.methods import Term
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 2048, 8192
 
+OF_TOKENS = "logits.tok"
+"""What --signals logits is of a token classifier."""
 MLM_LOGITS, MLM_BY_HEAD = "mlm.logits", "mlm.logits:head"
 """A masked LM's logits in whatever way is the least, and from its head or not at all."""
 
@@ -84,7 +88,7 @@ class CacheTeacher(Stage):
         None,
         help="What the labels are, where the column does not settle it.",
         panel=CORPUS,
-        choices=("single-label", "multi-label", "regression"),
+        choices=TASKS,
         metavar="TASK",
     )
 
@@ -373,6 +377,8 @@ class CacheTeacher(Stage):
         proofs = {"embeddings": "embeddings.proof", "head": "head.proof", "attention": "attention.proof"}
         if self._teacher.masking is not None:
             proofs["head"] = "mlm.proof"
+        elif self._teacher.tags_tokens:
+            proofs["head"] = "tokens.proof"
         return [proof for name, proof in proofs.items() if name in self._tried and self._tried[name].holds]
 
     def _chosen(self) -> dict[str, Any] | None:
@@ -465,6 +471,10 @@ class CacheTeacher(Stage):
             return ()
         items = [item for item in self.signals.split(",") if item.strip() not in self._vocabulary_logits]
         signals = parse_signals(",".join(items), self._teacher.num_layers) if items else ()
+        if self._teacher.tags_tokens:
+            # The logits of a token classifier are one vector per token: a signal of their own.
+            named = [replace(s, name=OF_TOKENS) if s.name == "logits" else s for s in signals]
+            signals = tuple(dict.fromkeys(named))
         self._require_head(signals)
         self._require_masks(signals)
         return signals
@@ -478,6 +488,12 @@ class CacheTeacher(Stage):
             )
 
     def _require_head(self, signals: Sequence[Signal]) -> None:
+        if not self._teacher.tags_tokens and any(signal.name == OF_TOKENS for signal in signals):
+            raise RefusedError(
+                f"teacher {self.teacher} has no head that classifies tokens, so it gives no {OF_TOKENS}",
+                details={"architectures": ", ".join(self._teacher.config.architectures or ["(none)"])},
+                fix="fine-tune one: kd train-teacher --task token --model ...",
+            )
         if not self._teacher.has_head and any(signal.name == "logits" for signal in signals):
             raise RefusedError(
                 f"teacher {self.teacher} has no classification head, so it gives no logits",
@@ -498,6 +514,8 @@ class CacheTeacher(Stage):
             corpus = open_corpus(self.corpus)
         else:
             assert self.dataset is not None and self.text_column is not None
+            if self.task is not None:
+                self._require_kind(self.task)
             source = DatasetSource(
                 dataset=self.dataset,
                 text_column=self.text_column,
@@ -506,7 +524,20 @@ class CacheTeacher(Stage):
                 task=self.task or teacher.task,
             )
             corpus = load_corpus(source, label_names=names or None)
+        self._require_kind(corpus.info.task)
         return corpus.with_label_names(names, task=teacher.task) if teacher.has_head else corpus
+
+    def _require_kind(self, task: str) -> None:
+        """RefusedError where one of teacher and rows is of tokens and the other is not."""
+        teacher = self._teacher
+        if teacher.has_head and teacher.task != task and "token" in (teacher.task, task):
+            raise RefusedError(
+                f"teacher {self.teacher} is a {teacher.task} classifier, and the rows of {self.corpus or self.dataset} "
+                f"are of a {task} task",
+                fix="a teacher for tokens (kd train-teacher --task token), or an encoder without a head"
+                if task == "token"
+                else "rows of words: --task token, the text column a list of words",
+            )
 
     @cached_property
     def _max_tokens(self) -> int:
@@ -564,7 +595,7 @@ class CacheTeacher(Stage):
             progress.info(f"rows are cut at {self._max_tokens} tokens, the most that the teacher takes")
         store = self._open_store()
         layout = self._layout(store, progress.warn)
-        inputs, num_truncated = self._tokenise(layout, context)
+        inputs, num_truncated, first_pieces = self._tokenise(layout, context)
         planned = preview(inputs, None if store is None else store.index())
         self._known.update(rows=inputs.first_step(), store=store, shards=planned.shards)
         self._known["sizes"] = [*planned.sizes, *([] if store is None else store.shard_sizes(planned.shards))]
@@ -587,6 +618,7 @@ class CacheTeacher(Stage):
             sidecars=sidecars if store is None else missing_sidecars(store, sidecars),
             teacher=teacher,
             max_bytes=self._max_bytes(),
+            first_pieces=first_pieces,
         )
 
     def _layout(self, store: TeacherStore | None, warn: Any) -> StoreLayout:
@@ -622,18 +654,34 @@ class CacheTeacher(Stage):
                 warn(f"--{name.replace('_', '-')} {value} is ignored: store {self.store} was made with {fixed}")
         return store.layout
 
-    def _tokenise(self, layout: StoreLayout, context: StageContext) -> tuple[InputRows, int]:
-        """What the teacher will read, and how many rows were cut; a few thousand rows are in memory at a time."""
+    def _tokenise(self, layout: StoreLayout, context: StageContext) -> tuple[InputRows, int, Ragged | None]:
+        """What the teacher will read, how many rows were cut, and of a token task where words begin; tokens of a few
+        thousand rows are in memory at a time."""
+        import numpy as np
+
+        from ...pipeline.ragged import Ragged
         from ...pipeline.store import InputRows
+        from ...pipeline.store.scratch import Appended
         from .tokenize import CHUNK_ROWS, encode_rows
 
         corpus, inputs, num_truncated = self._corpus, InputRows(layout), 0
+        of_words = corpus.info.task == "token"
+        pieces, words = Appended(np.int16), Appended(np.int64)
         task = context.progress.task("tokenising", total=len(corpus), unit="rows")
         for start in range(0, len(corpus), CHUNK_ROWS):
             texts_a, texts_b = corpus.texts(slice(start, start + CHUNK_ROWS))
             encoded = encode_rows(
-                self._teacher.tokenizer, texts_a, texts_b, self._max_tokens, first_row=start, advance=task.advance
+                self._teacher.tokenizer,
+                texts_a,
+                texts_b,
+                self._max_tokens,
+                words=of_words,
+                first_row=start,
+                advance=task.advance,
             )
+            if encoded.first_pieces is not None:
+                pieces.append(encoded.first_pieces.values)
+                words.append(encoded.first_pieces.lengths)
             highest = int(encoded.token_ids.values.max(initial=0))
             if highest >= self._teacher.vocab_size:
                 raise RefusedError(
@@ -644,7 +692,8 @@ class CacheTeacher(Stage):
             inputs.add(encoded.token_ids, encoded.segment_ids)
             num_truncated += int(encoded.truncated.sum())
         task.done()
-        return inputs, num_truncated
+        found = Ragged.from_lengths(pieces.all(), words.all()) if of_words else None
+        return inputs, num_truncated, found
 
     def _specs(self, store: TeacherStore | None) -> tuple[ArraySpec, ...]:
         """How each signal is stored: as the store has it, else as asked, else by default."""
@@ -667,6 +716,7 @@ class CacheTeacher(Stage):
 
     def _capture(self, plan: Plan, context: StageContext) -> StageResult:
         from ...pipeline.store import create_or_open, write_view
+        from ..word_pieces import COLUMN, digest, with_first_pieces
         from .capture import CaptureJob, keep_teacher
         from .sidecars import put_files, put_proof, put_sidecars
         from .teacher import resolve_device
@@ -765,9 +815,13 @@ class CacheTeacher(Stage):
                     fix="run the same command again: only these are computed",
                 ),
             )
+        table, of_words = self._corpus.table, {}
+        if plan.first_pieces is not None:
+            table = with_first_pieces(table, plan.first_pieces)
+            of_words = {COLUMN: digest(plan.first_pieces)}
         content = write_view(
             self.output_dir,
-            self._corpus.table,
+            table,
             allocation.rows,
             store,
             specs,
@@ -783,7 +837,7 @@ class CacheTeacher(Stage):
             atomic_write_bytes(Path(self.output_dir) / REPORT, on_variants.text().encode())
             summary |= on_variants.summary()
             content["on_variants"] = on_variants.content()
-        return StageResult(summary=summary, content=content)
+        return StageResult(summary=summary, content=content | of_words)
 
     def _teacher_on_variants(
         self, store: TeacherStore, specs: Sequence[ArraySpec], rows: npt.NDArray[np.int64]

@@ -42,6 +42,8 @@ TOKENIZER_FILES = {
 }
 MASKED_LM = ("ForMaskedLM", "ForPreTraining")
 """Ends of the names of classes with a masked-LM head."""
+OF_SEQUENCES, OF_TOKENS = "ForSequenceClassification", "ForTokenClassification"
+"""Ends of the names of classes with a classifier."""
 # Position ids of these models start at padding index + 1, which takes that many positions away.
 OFFSET_POSITIONS = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
@@ -60,7 +62,8 @@ class Teacher:
         folder: where its files are.
         config: its transformers config.
         tokenizer: its tokenizer.
-        has_head: whether it is a sequence classifier (gives logits) or is used as an encoder (hidden states only).
+        has_head: whether it is a classifier, of sequences or of tokens (gives logits), or is used as an encoder (hidden
+            states only).
         trust_remote_code: whether code from the checkpoint may run.
         masking: how its texts are masked, where it is used as a masked LM (see `masked`).
     """
@@ -110,10 +113,18 @@ class Teacher:
 
     @property
     def head(self) -> str:
-        """What is loaded on top of the encoder: "sequence-classification", "masked-lm" or "none"."""
+        """What is loaded on top of the encoder: "sequence-classification", "token-classification", "masked-lm" or
+        "none"."""
         if self.masking is not None:
             return "masked-lm"
+        if self.tags_tokens:
+            return "token-classification"
         return "sequence-classification" if self.has_head else "none"
+
+    @property
+    def tags_tokens(self) -> bool:
+        """Whether its head classifies tokens."""
+        return self.has_head and any(name.endswith(OF_TOKENS) for name in self.config.architectures or ())
 
     @property
     def is_masked_lm(self) -> bool:
@@ -172,17 +183,19 @@ class Teacher:
 
     @property
     def problem_type(self) -> str | None:
-        """transformers' name of the task; None for a bare encoder."""
+        """transformers' name of the task, "token_classification" for a head on tokens; None for a bare encoder."""
         if not self.has_head:
             return None
+        if self.tags_tokens:
+            return "token_classification"
         declared = self.config.problem_type
         return declared or ("regression" if self.num_labels == 1 else "single_label_classification")
 
     @property
     def task(self) -> str | None:
-        """ "single-label", "multi-label" or "regression"; None for a bare encoder."""
+        """ "single-label", "multi-label", "regression" or "token"; None for a bare encoder."""
         problem = self.problem_type
-        return None if problem is None else TASK_OF_PROBLEM[problem]
+        return "token" if self.tags_tokens else None if problem is None else TASK_OF_PROBLEM[problem]
 
     @property
     def max_tokens(self) -> int:
@@ -312,7 +325,7 @@ def describe_teacher(source: str, *, trust_remote_code: bool = False) -> Teacher
             fix="put the tokenizer that the model was trained with into the folder",
         )
     architectures = config.architectures or []
-    has_head = any(name.endswith("ForSequenceClassification") for name in architectures)
+    has_head = any(name.endswith((OF_SEQUENCES, OF_TOKENS)) for name in architectures)
     problem = getattr(config, "problem_type", None)
     if has_head and problem is not None and problem not in TASK_OF_PROBLEM:
         raise RefusedError(f"teacher {source}: unknown problem_type {problem!r}{near_match(problem, TASK_OF_PROBLEM)}")
@@ -393,6 +406,7 @@ def auto_class(head: str) -> Any:
 
     return {
         "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
         "masked-lm": transformers.AutoModelForMaskedLM,
         "none": transformers.AutoModel,
     }[head]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
+from ..words import first_pieces
 
 CHUNK_ROWS = 4096
 
@@ -22,11 +23,13 @@ class Encoded:
         token_ids: int64 ids per row, special tokens included, no padding.
         segment_ids: uint8 token types per row, same lengths; zeros for a tokenizer without them.
         truncated: bool [N], rows of which something was cut off.
+        first_pieces: int16, per row and word the token it begins with, -1 where it has none; None unless asked for.
     """
 
     token_ids: Ragged
     segment_ids: Ragged
     truncated: np.ndarray
+    first_pieces: Ragged | None = None
 
 
 def encode(
@@ -46,17 +49,20 @@ def encode_rows(
     texts_b: Sequence[str] | None,
     max_length: int,
     *,
+    words: bool = False,
     first_row: int = 0,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Encoded:
     """As `encode`, and which rows were cut.
 
     Args:
+        words: also find where each word begins; the texts are words with one space between them.
         first_row: number of the first row in the corpus, for messages.
         advance: called with numbers of rows done.
 
     Raises:
-        RefusedError: `max_length` leaves no room for text, or a row has no tokens at all.
+        RefusedError: `max_length` leaves no room for text, or a row has no tokens at all; words are asked for, and the
+            tokenizer does not say what its tokens are of.
     """
     special = tokenizer.num_special_tokens_to_add(pair=texts_b is not None)
     if max_length <= special:
@@ -64,7 +70,13 @@ def encode_rows(
             f"--max-length {max_length} leaves no room for text beside {special} special tokens",
             fix=f"give at least {special + 1}",
         )
+    if words and not tokenizer.is_fast:
+        raise RefusedError(
+            f"{type(tokenizer).__name__} does not say what part of a text a token is of, and words have to meet tokens",
+            fix="a checkpoint with a tokenizer.json",
+        )
     has_segments = "token_type_ids" in tokenizer.model_input_names
+    pieces: list[np.ndarray] = []
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
@@ -91,6 +103,8 @@ def encode_rows(
         else:
             segments.append(np.zeros(total, dtype=np.uint8))
         cut.append(_was_cut(tokenizer, encoding, lengths[-1], part_a, part_b, max_length))
+        if words:
+            pieces += [first_pieces(row, text) for row, text in zip(encoding.encodings, part_a, strict=True)]
         advance(len(rows))
     every_length = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
     if (every_length == 0).any():
@@ -100,6 +114,7 @@ def encode_rows(
         Ragged.from_lengths(np.concatenate([np.empty(0, dtype=np.int64), *ids]), every_length),
         Ragged.from_lengths(np.concatenate([np.empty(0, dtype=np.uint8), *segments]), every_length),
         np.concatenate([np.empty(0, dtype=bool), *cut]),
+        Ragged.from_rows(pieces, np.int16) if words else None,
     )
 
 

@@ -20,12 +20,13 @@ import torch
 from ...pipeline.artifact import atomic_write_bytes
 from ...pipeline.config import command_line
 from ...pipeline.errors import RefusedError
+from ...pipeline.ragged import Ragged
 from ...pipeline.stage import Progress, StageContext, StageResult
 from ..corpus import Corpus
 from ..evaluate import SMALL_SPLIT, matching_columns
 from ..metrics import agreement, check_metric, main_metric, task_metrics
 from ..predict import Predictor, load_predictor
-from .groups import Group, baselines, make_groups, plain_soft_targets, read_run, told_apart_by_view
+from .groups import Group, baselines, make_groups, plain_soft_targets, read_run
 from .stage import Compare
 from .statistics import mean_and_deviation, paired_bootstrap, share_of_gap
 from .table import markdown_report
@@ -52,7 +53,7 @@ class Scored:
 def compare(stage: Compare, context: StageContext) -> StageResult:
     """Do what `kd compare` does."""
     corpus = stage.read_split()
-    labels, _ = corpus.labels()
+    labels = corpus.tags()[0] if corpus.info.task == "token" else corpus.labels()[0]
     groups = make_groups([read_run(path) for path in stage.runs], search=stage.search)
     max_length = groups[0].first.content.get("max_length")
     progress = context.progress
@@ -66,7 +67,7 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
     reference = teacher_model or load_predictor(groups[0].first.path, device=stage.device)
     task = reference.task
     names = reference.label_names
-    metric_name = check_metric(stage.metric or main_metric(task), task, len(names))
+    metric_name = check_metric(stage.metric or main_metric(task, names), task, len(names), names)
 
     teacher = None if teacher_model is None else _scored([teacher_model], reference, corpus, labels, stage, progress)
     scored = [
@@ -106,11 +107,10 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
                 speed["speed_up"] = speeds[TEACHER]["p50_ms"] / speed["p50_ms"]
 
     rows = [
-        _row(group, row, task, teacher)
-        | {"view": told_apart_by_view(group, groups), "cost": _cost(row.model) | speeds.get(name, {})}
+        _row(group, row, task, teacher) | {"cost": _cost(row.model) | speeds.get(name, {})}
         for group, row, name in zip(groups, scored, timed_as, strict=True)
     ]
-    notes = _add_differences(rows, groups, scored, teacher, metric_name, task, labels, stage, progress)
+    notes = _add_differences(rows, groups, scored, teacher, metric_name, task, labels, names, stage, progress)
     if task == "single-label" and len(corpus) < SMALL_SPLIT:
         accuracy = (teacher or scored[-1]).metrics[0]["accuracy"]
         error = np.sqrt(accuracy * (1 - accuracy) / len(corpus))
@@ -171,7 +171,7 @@ def _scored(
     models: Sequence[Predictor],
     reference: Predictor,
     corpus: Corpus,
-    labels: np.ndarray,
+    labels: np.ndarray | Ragged,
     stage: Compare,
     progress: Progress,
 ) -> Scored:
@@ -181,7 +181,7 @@ def _scored(
         logits_NC = model.predict(*corpus.texts(), batch_size=stage.batch_size, progress=progress)
         logits_NC = logits_NC if order is None else logits_NC[:, order]
         try:
-            metrics.append(task_metrics(reference.task, logits_NC, labels))
+            metrics.append(task_metrics(reference.task, logits_NC, labels, reference.label_names))
         except RefusedError as error:
             raise RefusedError(f"{model.path}: {error.what}", details=error.details, fix=error.fix) from None
         logits.append(logits_NC)
@@ -232,7 +232,8 @@ def _add_differences(
     teacher: Scored | None,
     metric_name: str,
     task: str,
-    labels: np.ndarray,
+    labels: np.ndarray | Ragged,
+    names: Sequence[str],
     stage: Compare,
     progress: Progress,
 ) -> list[str]:
@@ -256,6 +257,7 @@ def _add_differences(
             labels,
             samples=stage.bootstrap_samples,
             seed=stage.bootstrap_seed,
+            label_names=names,
         )
         return {"mean": means[index] - means[base], "low": low, "high": high}
 

@@ -1,4 +1,7 @@
-"""Means, shares of the gap and paired intervals: pure functions of arrays. Dimension key: N examples, C classes."""
+"""Means, shares of the gap and paired intervals: pure functions of arrays.
+
+Dimension key: N examples, C classes, W words of all examples.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...pipeline.ragged import Ragged, ranges
+from ..entities import BioTags
 from ..metrics import LOWER_IS_BETTER, decide, metric
 
 
@@ -35,11 +40,12 @@ def paired_bootstrap(
     task: str,
     first: Sequence[np.ndarray],
     second: Sequence[np.ndarray],
-    labels: np.ndarray,
+    labels: np.ndarray | Ragged,
     *,
     samples: int,
     seed: int,
     confidence: float = 0.95,
+    label_names: Sequence[str] = (),
 ) -> tuple[float, float]:
     """Interval of mean metric of `first` minus that of `second`, over resamples of the examples.
 
@@ -49,16 +55,28 @@ def paired_bootstrap(
     Args:
         metric_name: any of `metrics.metric_names`.
         task: of the models.
-        first, second: logits [N, C] per seed.
+        first, second: logits [N, C] per seed; of words [W, C].
         labels: of the N examples.
         samples: number of resamples.
         seed: of the resampling.
         confidence: share of the resamples inside the interval.
+        label_names: of a token task.
     """
     generator = np.random.default_rng(seed)
     num = len(labels)
-    if metric_name == "accuracy":
+    if isinstance(labels, Ragged) and (metric_name == "accuracy" or BioTags.of(label_names)):
+        counted = [
+            np.stack([tag_counts(metric_name, logits, labels, label_names) for logits in side])
+            for side in (first, second)
+        ]
+        gains = np.empty(samples)
+        for index in range(samples):
+            rows = generator.integers(0, num, num)
+            means = [np.mean([_share(counts[rows].sum(axis=0)) for counts in side]) for side in counted]
+            gains[index] = means[0] - means[1]
+    elif metric_name == "accuracy":
         # A mean over examples: resampling it is resampling one number per example.
+        assert not isinstance(labels, Ragged)
         gain_N = _mean_correct(first, labels) - _mean_correct(second, labels)
         differences = [
             gain_N[generator.integers(0, num, (min(100, samples - start), num))].mean(axis=1)
@@ -69,8 +87,13 @@ def paired_bootstrap(
         gains = np.empty(samples)
         for index in range(samples):
             rows = generator.integers(0, num, num)
+            gold: np.ndarray | Ragged
+            if isinstance(labels, Ragged):
+                gold, rows = labels.take(rows), ranges(labels.offsets[:-1][rows], labels.lengths[rows])
+            else:
+                gold = labels[rows]
             means = [
-                np.mean([metric(metric_name, task, logits[rows], labels[rows]) for logits in side])
+                np.mean([metric(metric_name, task, logits[rows], gold, label_names) for logits in side])
                 for side in (first, second)
             ]
             gains[index] = means[0] - means[1]
@@ -81,3 +104,29 @@ def paired_bootstrap(
 
 def _mean_correct(logits: Sequence[np.ndarray], labels_N: np.ndarray) -> np.ndarray:
     return np.asarray(np.mean([decide("single-label", logits_NC) == labels_N for logits_NC in logits], axis=0))
+
+
+def tag_counts(metric_name: str, logits_WC: np.ndarray, gold: Ragged, label_names: Sequence[str]) -> np.ndarray:
+    """int64 [N, 2] per example a share's numerator and denominator, whose sums over examples give the metric.
+
+    Of entities those of F1, precision or recall: right ones (twice, for F1) over those that are predicted, there, or
+    both; else words with the right tag over all words. A word without logits counts as `O`.
+    """
+    predicted_W = decide("token", logits_WC)
+    bio = BioTags.of(label_names)
+    if bio is not None:
+        predicted_W = np.where(predicted_W < 0, bio.outside, predicted_W)
+    row_W, num = np.repeat(np.arange(len(gold)), gold.lengths), len(gold)
+    if bio is None or metric_name == "accuracy":
+        right_N = np.bincount(row_W, predicted_W == gold.values, minlength=num)
+        return np.stack([right_N, gold.lengths], axis=1).astype(np.int64)
+    found, wanted = (bio.spans(tags) for tags in (Ragged(predicted_W, gold.offsets), gold))
+    in_both = {*zip(*wanted, strict=True)} & {*zip(*found, strict=True)}
+    right_N = np.bincount(row_W[np.array([start for start, _, _ in in_both], np.int64)], minlength=num)
+    found_N, wanted_N = (np.bincount(row_W[starts], minlength=num) for starts in (found[0], wanted[0]))
+    shares = {"f1": (2 * right_N, found_N + wanted_N), "precision": (right_N, found_N), "recall": (right_N, wanted_N)}
+    return np.stack(shares[metric_name], axis=1).astype(np.int64)
+
+
+def _share(counts_2: np.ndarray) -> float:
+    return float(counts_2[0] / counts_2[1]) if counts_2[1] else 0.0

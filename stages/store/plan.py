@@ -371,10 +371,16 @@ def _require_given(store: TeacherStore, signals: Sequence[Signal]) -> None:
     """RefusedError where the store's teacher does not give a signal."""
     head, masked = store.identity.teacher.get("head"), "masking" in store.identity.capture
     for signal in signals:
-        if signal.name == "logits" and head in ("none", "masked-lm"):
+        if signal.name == "logits" and head in ("none", "masked-lm", "token-classification"):
+            of_tokens = "--signals logits.tok" if head == "token-classification" else "ask for hidden states"
             raise RefusedError(
                 f"the teacher of store {store.url} has no classification head, so it gives no logits",
-                fix="--signals mlm.logits" if masked else "ask for hidden states",
+                fix="--signals mlm.logits" if masked else of_tokens,
+            )
+        if signal.name == "logits.tok" and head != "token-classification":
+            raise RefusedError(
+                f"the teacher of store {store.url} has no head that classifies tokens, so it gives no {signal}",
+                fix="ask for hidden states",
             )
         if "mask" in signal.kind.dims and not masked:
             raise RefusedError(

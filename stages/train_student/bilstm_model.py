@@ -1,4 +1,4 @@
-"""The BiLSTM of Tang et al. as a transformers model: one sentence, or a pair read by one shared encoder.
+"""The BiLSTM of Tang et al. as transformers models: one sentence, or a pair read by one shared encoder; or its tokens.
 
 Dimension key: B examples, T token positions, D features, C classes. This file is all that loading a finished BiLSTM
 needs: it imports nothing of kd, and importing it makes the Auto classes of transformers know the model.
@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.generic import ModelOutput
 
 PACKED_COST = 1.5
@@ -25,14 +31,15 @@ for the longest row either way, and the lengths would have to be copied back fir
 
 
 class BiLstmConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """Shape of a `BiLstmForSequenceClassification`.
+    """Shape of a `BiLstmForSequenceClassification`, or of a `BiLstmForTokenClassification`.
 
     Attributes:
         vocab_size: rows of the embedding table.
         embedding_size: D of a token's embedding.
         hidden_size: D of one direction; a layer's states have twice as many.
         num_hidden_layers: stacked bidirectional layers.
-        head_size: width of the ReLU layer before the logits; 0 for logits straight from the sentence vector.
+        head_size: width of the ReLU layer before the logits; 0 for logits straight from the sentence vector, or from
+            the tokens' states.
         pooling: sentence vector from the last layer: "last" (final states of both directions), "max", "mean", or
             "attention" (mean with weights softmax(w . tanh(state)): Zhou et al., P16-2034).
         pair: whether input is two texts around `sep_token_id`, encoded apart and compared.
@@ -66,7 +73,8 @@ class BiLstmConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 @dataclass
 class BiLstmOutput(ModelOutput):
-    """Logits [B, C]; on request the states of layers 0 (embeddings) to L and their sentence vectors.
+    """Logits [B, C], of tokens [B, T, C]; on request the states of layers 0 (embeddings) to L and their sentence
+    vectors.
 
     `encoded_mask` is True where a token was read: for pairs, special tokens are not.
     """
@@ -100,11 +108,11 @@ class BiLstmLayer(nn.Module):
         return both_BTD * mask_BT[..., None].to(both_BTD.dtype)
 
 
-class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """Embeddings, bidirectional LSTM, pooled sentence vector, ReLU layer, logits (Tang et al., arXiv 1903.12136).
+class BiLstmModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """Embeddings, bidirectional LSTM and a head of a ReLU layer and logits, for those who say what the head reads.
 
-    For a pair, both texts go through the same encoder and the head sees [u; v; |u - v|; u * v]: there is no attention
-    between them. Rows without any token are safe and get the logits of a zero vector.
+    Args:
+        features: D of what the head reads.
     """
 
     config: BiLstmConfig
@@ -112,7 +120,7 @@ class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
 
-    def __init__(self, config: BiLstmConfig) -> None:
+    def __init__(self, config: BiLstmConfig, *, features: int, pooling: str) -> None:
         super().__init__(config)
         num_labels = int(config.num_labels or 0)
         self.num_labels = num_labels
@@ -127,10 +135,10 @@ class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
             BiLstmLayer(width if i else config.input_size, config.hidden_size) for i in range(config.num_hidden_layers)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.attention = nn.Linear(width, 1, bias=False) if config.pooling == "attention" else None
-        sentence = 4 * width if config.pair else width
-        self.head = nn.Linear(sentence, config.head_size) if config.head_size else None
-        self.classifier = nn.Linear(config.head_size or sentence, num_labels)
+        self.pooling = pooling
+        self.attention = nn.Linear(width, 1, bias=False) if pooling == "attention" else None
+        self.head = nn.Linear(features, config.head_size) if config.head_size else None
+        self.classifier = nn.Linear(config.head_size or features, num_labels)
         self.post_init()  # type: ignore[no-untyped-call]
         self.embeddings.requires_grad_(not config.freeze_embeddings)
         if self.static_embeddings is not None:
@@ -150,6 +158,43 @@ class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
                 nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.Linear | nn.LSTM):
             module.reset_parameters()
+
+    def _encode(self, ids_BT: Tensor, mask_BT: Tensor) -> list[Tensor]:
+        """States [B, T, D] of layers 0 (embeddings) to L; zeros at padding from layer 1 on."""
+        reversal, packed_lengths = _reversal(mask_BT), _lengths_to_pack(mask_BT)
+        states = self.embeddings(ids_BT)
+        if self.static_embeddings is not None:
+            states = torch.cat([self.static_embeddings(ids_BT), states], dim=-1)
+        states = self.dropout(states)
+        every_layer = [states]
+        for layer in self.layers:
+            states = layer(states, reversal, mask_BT, packed_lengths)
+            every_layer.append(states)
+        return every_layer
+
+    def _classify(self, features: Tensor) -> Tensor:
+        hidden = features if self.head is None else self.dropout(torch.relu(self.head(features)))
+        return self.classifier(hidden)  # type: ignore[no-any-return]
+
+    def _pooled(self, states_BTD: Tensor, mask_BT: Tensor, layer: int) -> Tensor:
+        """[B, D] of a layer."""
+        if self.attention is not None and layer == len(self.layers):
+            return _weighted(states_BTD, self.attention(torch.tanh(states_BTD)), mask_BT)
+        # Embeddings have no direction, hence no final states; attention looks at the last layer alone.
+        without = self.pooling == "attention" or (self.pooling == "last" and layer == 0)
+        return _pool(states_BTD, mask_BT, "mean" if without else self.pooling)
+
+
+class BiLstmForSequenceClassification(BiLstmModel):  # type: ignore[no-untyped-call]
+    """Embeddings, bidirectional LSTM, pooled sentence vector, ReLU layer, logits (Tang et al., arXiv 1903.12136).
+
+    For a pair, both texts go through the same encoder and the head sees [u; v; |u - v|; u * v]: there is no attention
+    between them. Rows without any token are safe and get the logits of a zero vector.
+    """
+
+    def __init__(self, config: BiLstmConfig) -> None:
+        features = (8 if config.pair else 2) * config.hidden_size
+        super().__init__(config, features=features, pooling=config.pooling)
 
     def forward(
         self,
@@ -173,19 +218,8 @@ class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
         mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         side = _Sides(input_ids, mask_BT, self.config) if self.config.pair else None
         ids, mask = (input_ids, mask_BT) if side is None else (side.ids, side.mask)
-        reversal, packed_lengths = _reversal(mask), _lengths_to_pack(mask)
-
-        states = self.embeddings(ids)
-        if self.static_embeddings is not None:
-            states = torch.cat([self.static_embeddings(ids), states], dim=-1)
-        states = self.dropout(states)
-        every_layer = [states]
-        for layer in self.layers:
-            states = layer(states, reversal, mask, packed_lengths)
-            every_layer.append(states)
-        sentence = self._sentence(states, mask, len(self.layers))
-        hidden = sentence if self.head is None else self.dropout(torch.relu(self.head(sentence)))
-        logits = self.classifier(hidden)
+        every_layer = self._encode(ids, mask)
+        logits = self._classify(self._sentence(every_layer[-1], mask, len(self.layers)))
 
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         if not output_hidden_states:
@@ -200,16 +234,49 @@ class BiLstmForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
 
     def _sentence(self, states_BTD: Tensor, mask_BT: Tensor, layer: int) -> Tensor:
         """[B, D] of a layer; for pairs [B, 4 D] from states of 2 B texts, all first texts before all second ones."""
-        if self.attention is not None and layer == len(self.layers):
-            pooled = _weighted(states_BTD, self.attention(torch.tanh(states_BTD)), mask_BT)
-        else:
-            # Embeddings have no direction, hence no final states; attention looks at the last layer alone.
-            without = self.config.pooling == "attention" or (self.config.pooling == "last" and layer == 0)
-            pooled = _pool(states_BTD, mask_BT, "mean" if without else self.config.pooling)
+        pooled = self._pooled(states_BTD, mask_BT, layer)
         if not self.config.pair:
             return pooled
         first, second = pooled.chunk(2)
         return torch.cat([first, second, (first - second).abs(), first * second], dim=-1)
+
+
+class BiLstmForTokenClassification(BiLstmModel):  # type: ignore[no-untyped-call]
+    """Embeddings, bidirectional LSTM, and per token a ReLU layer and logits.
+
+    Nothing is pooled for the logits; who asks for sentence vectors of the layers gets the greatest value of each
+    feature.
+    """
+
+    def __init__(self, config: BiLstmConfig) -> None:
+        super().__init__(config, features=2 * config.hidden_size, pooling="max")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BiLstmOutput:
+        """Logits [B, T, C] of a batch.
+
+        Args are those of `BiLstmForSequenceClassification`; labels are [B, T], -100 where there is none.
+        """
+        mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        every_layer = self._encode(input_ids, mask_BT)
+        logits = self._classify(every_layer[-1])
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, config=self.config)
+        if not output_hidden_states:
+            return BiLstmOutput(loss=loss, logits=logits)
+        return BiLstmOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(every_layer),
+            sentence_states=tuple(self._pooled(states, mask_BT, layer) for layer, states in enumerate(every_layer)),
+            encoded_mask=mask_BT,
+        )
 
 
 class _Sides:
@@ -296,3 +363,4 @@ def _weighted(states_BTD: Tensor, scores_BT1: Tensor, mask_BT: Tensor) -> Tensor
 
 AutoConfig.register(BiLstmConfig.model_type, BiLstmConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(BiLstmConfig, BiLstmForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(BiLstmConfig, BiLstmForTokenClassification, exist_ok=True)

@@ -15,6 +15,8 @@ from ...pipeline.artifact import atomic_write_bytes
 
 GENERAL_TAGS = {"masked-lm": "fill-mask", "encoder": "feature-extraction"}
 """What hubs call students that are for no task in particular."""
+PIPELINE_TAGS = {**GENERAL_TAGS, "token": "token-classification"}
+"""What hubs call students that do not classify texts."""
 RECIPE = "recipe.yaml"
 """The phases of a run that had several, as `--recipe` reads them."""
 
@@ -153,7 +155,7 @@ def model_card(report: Report, *, model_type: str) -> str:
     """The model card, as Markdown with the metadata that hubs read."""
     header: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": GENERAL_TAGS.get(report.task, "text-classification"),
+        "pipeline_tag": PIPELINE_TAGS.get(report.task, "text-classification"),
         "tags": ["kd-pipeline", model_type, *(["knowledge-distillation"] if report.role == "distilled" else [])],
     }
     if report.metrics:
@@ -203,15 +205,15 @@ def model_card(report: Report, *, model_type: str) -> str:
 
 def _use(task: str, origin: str, model_type: str) -> list[str]:
     return [
-        f"A {task} text classifier made by `kd train-student`. {origin}",
+        f"A {task} {'' if task == 'token' else 'text '}classifier made by `kd train-student`. {origin}",
         "",
         "```python",
         "import kd",
         "",
         'student = kd.load_student("path/to/this/folder")',
-        'student(["a text"])  # logits',
+        'student.tags([["a", "list", "of", "words"]])' if task == "token" else 'student(["a text"])  # logits',
         "```",
-        *_plain_loading(model_type),
+        *_plain_loading(task, model_type),
     ]
 
 
@@ -225,7 +227,8 @@ def _general_use(task: str, origin: str, model_type: str) -> list[str]:
     ]
 
 
-def _plain_loading(model_type: str) -> list[str]:
+def _plain_loading(task: str, model_type: str) -> list[str]:
     if model_type.startswith("kd-"):
         return []
-    return ["", "`AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained` open it too."]
+    opened = f"AutoModelFor{'Token' if task == 'token' else 'Sequence'}Classification"
+    return ["", f"`{opened}.from_pretrained` and `AutoTokenizer.from_pretrained` open it too."]

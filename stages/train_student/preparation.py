@@ -18,6 +18,7 @@ import numpy as np
 from ...pipeline.artifact import open_artifact
 from ...pipeline.errors import KdError, RefusedError, UsageError, VerificationError
 from ...pipeline.fingerprint import fingerprint
+from ...pipeline.ragged import Ragged
 from ...pipeline.ranks import launched
 from ...pipeline.store.lattice import sources_of
 from ...pipeline.store.sidecar import list_sidecars
@@ -29,8 +30,19 @@ from ..corpus.schema import CorpusInfo
 from ..corpus.source import DatasetSource
 from ..masking import Masking
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
+from ..word_pieces import read_first_pieces
 from .intermediate_matches import expand_matches, is_matches_file
-from .methods import Shapes, Term, Unfit, fitting_form, fitting_methods, methods, parse_methods
+from .methods import (
+    OF_WORDS,
+    Shapes,
+    Term,
+    Unfit,
+    by_teacher_token,
+    fitting_form,
+    fitting_methods,
+    methods,
+    parse_methods,
+)
 from .methods.hard import Hard
 from .multipliers import parse_multipliers
 from .order import rows_per_step
@@ -175,12 +187,29 @@ class Preparation:
         """bool [N] over the rows of all views; of masked text, every row holds what is masked."""
         if self.task.kind == "masked-lm":
             return np.ones(sum(map(len, self.corpora)), bool)
-        return np.concatenate([corpus.labels()[1] for corpus in self.corpora])
+        return np.concatenate([corpus.has_gold for corpus in self.corpora])
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """[N] or [N, C] over the rows of all views."""
+        """[N] or [N, C] over the rows of all views; of words, nothing: theirs are `tags`."""
+        if self.task.kind == "token":
+            return np.empty(0, np.int64)
         return np.concatenate([corpus.labels()[0] for corpus in self.corpora])
+
+    @cached_property
+    def tags(self) -> Ragged:
+        """int64 gold tags of the words of all rows, of a token task; -1 where there are none."""
+        return Ragged.concatenate([corpus.tags()[0] for corpus in self.corpora])
+
+    @cached_property
+    def first_pieces(self) -> Ragged:
+        """int16: which of the teacher's tokens each of these words begins with; below 0 where it has none."""
+        return Ragged.concatenate([read_first_pieces(view) for view in self.views])
+
+    @property
+    def logits(self) -> Signal:
+        """The teacher's own prediction."""
+        return OF_WORDS if self.task.kind == "token" else Signal("logits")
 
     @cached_property
     def held_out(self) -> np.ndarray:
@@ -207,7 +236,7 @@ class Preparation:
         if given is not None:
             return given.removeprefix("eval_")
         judged_by_gold = self.eval_corpus is not None or bool((self.held_out & self.has_gold).any())
-        return main_metric(self.task.kind) if judged_by_gold else AGREEMENT
+        return main_metric(self.task.kind, self.task.label_names) if judged_by_gold else AGREEMENT
 
     @property
     def best_is_greatest(self) -> bool:
@@ -287,6 +316,8 @@ def prepare(stage: TrainStudent) -> Preparation:
     )
     _check_general(prepared, needed, reads_tokens)
     _check_tokens(prepared, needed, reads_tokens)
+    if task.kind == "token":
+        _ = prepared.first_pieces  # refused before anything loads
     _check_scores(prepared)
     _check_compilation(prepared)
     _check_coverage(prepared)
@@ -433,7 +464,7 @@ def _check_general(prepared: Preparation, needed: Sequence[Signal], reads_tokens
 def _check_tokens(prepared: Preparation, needed: Sequence[Signal], reads_tokens: bool) -> None:
     """Token signals need a student that reads the teacher's tokens; several stores need one tokenizer and one shape."""
     teacher = prepared.teacher
-    of_tokens = [str(signal) for signal in needed if signal.kind.axis != "example"]
+    of_tokens = [str(signal) for signal in needed if by_teacher_token(signal)]
     if of_tokens and not reads_tokens:
         raise RefusedError(
             f"signals of every token ({', '.join(of_tokens)}) need a student that reads the teacher's tokens, and "
@@ -542,6 +573,7 @@ def _check_gold(prepared: Preparation) -> None:
 def _check_selection(prepared: Preparation) -> None:
     """The metric that picks the checkpoint can be computed on the rows there are."""
     stage = prepared.stage
+    task, names = prepared.task.kind, prepared.task.label_names
     if not stage.has_eval:
         return
     of_teacher = stage.validation_fraction > 0 and prepared.role == "distilled"
@@ -562,19 +594,18 @@ def _check_selection(prepared: Preparation) -> None:
         if not of_teacher:
             raise UsageError(
                 "--metric-for-best-model agreement compares with the teacher on rows held back",
-                details=[
-                    f"metrics here: {', '.join(metric_names(prepared.task.kind, len(prepared.task.label_names)))}"
-                ],
+                details=[f"metrics here: {', '.join(metric_names(task, len(names), names))}"],
                 fix="use it with --validation-fraction and without --baseline",
             )
-        missing = [view for view in prepared.views if not view.reader.has("logits", view.rows).all()]
+        logits = prepared.logits
+        missing = [view for view in prepared.views if not view.reader.has(logits, view.rows).all()]
         if missing:
             raise RefusedError(
                 f"the rows held back can only be judged by the teacher's logits, which view {missing[0].path} lacks",
-                fix=_capture_command(missing[0], [Signal("logits")]),
+                fix=_capture_command(missing[0], [logits]),
             )
         return
-    check_metric(prepared.best_metric, prepared.task.kind, len(prepared.task.label_names))
+    check_metric(prepared.best_metric, task, len(names), names)
 
 
 def _family_ids(corpus: Corpus) -> np.ndarray:

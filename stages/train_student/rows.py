@@ -5,8 +5,8 @@ student row meets its own teacher row whatever the order.
 
 Where a store's rows are masked, they are masked here too, as the teacher read them.
 
-Dimension key: N rows, B rows of a batch, T padded length, C labels, M slots of a row for masked tokens, P masked tokens
-of a batch.
+Dimension key: N rows, B rows of a batch, T padded length, C labels, M slots of a row for masked tokens or words, P
+masked tokens or words of a batch, W words of all rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ...pipeline.ragged import Ragged
 from ...pipeline.store.reader import StoreReader
 from ...pipeline.store.scratch import passed
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
-from ..derivation import NUM_TOKENS, POSITIONS
+from ..derivation import NUM_TOKENS, POSITIONS, taken_at
 from ..masking import MaskedRows, Masking, merged
-from .methods.base import FAMILY
+from .methods.base import FAMILY, OF_WORDS
 
 Batch = dict[str, Any]
 
@@ -185,6 +185,38 @@ class TokensInMemory:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The words of N rows, of a token task.
+
+    Attributes:
+        student: ints, per row and word which of the student's tokens it begins with; below 0 where it has none.
+        teacher: the same of the teacher's tokens; the student's own where no teacher is asked.
+        tags: int64, the gold tags; below 0 where there are none.
+    """
+
+    student: Ragged
+    teacher: Ragged
+    tags: Ragged
+
+    def take(self, index: np.ndarray) -> Words:
+        """Those of some rows."""
+        return Words(*(part.take(index) for part in (self.student, self.teacher, self.tags)))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [W]: which of them have a token of both."""
+        return np.asarray((self.student.values >= 0) & (self.teacher.values >= 0))
+
+    def batch(self, index_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(student's positions, teacher's positions, tags) int64 [B, M], all -1 where a word has no token of either."""
+        padded = [part.take(index_B).to_padded(-1) for part in (self.student, self.teacher, self.tags)]
+        # Of a word that either did not see whole nothing is learned: zeros in its place would be a target.
+        seen_BM = (padded[0] >= 0) & (padded[1] >= 0)
+        student, teacher, tags = (torch.from_numpy(np.where(seen_BM, part, -1).astype(np.int64)) for part in padded)
+        return student, teacher, tags
+
+
+@dataclass(frozen=True)
 class Rows:
     """What a student learns from or is evaluated on.
 
@@ -200,6 +232,7 @@ class Rows:
         masks: where masked tokens and what stood there come from; None where texts are read as they are.
         row_signals: those among them that signals with one entry per row come from; None: those that have one.
         families: int64 [N], alike for all variants of a text; None where no method contrasts rows.
+        words: of a token task, whose `labels` are not used; None of other tasks.
     """
 
     tokens: TokenSource
@@ -213,9 +246,10 @@ class Rows:
     masks: StoreRows | None = None
     to_derive: bool = False
     families: np.ndarray | None = None
+    words: Words | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.has_gold)
 
     def batch(self, index_B: np.ndarray) -> Batch:
         """One batch as torch tensors on the CPU.
@@ -224,7 +258,8 @@ class Rows:
             `inputs` (keyword arguments of the student: ids and masks int64 [B, T]), `labels`, `has_gold` [B] and
             `signals` (teacher tensors by `str(signal)`, in the stored dtype; token states [B, T, ...] and scores
             [B, H, T, T] are zero after a row's end). Of masked rows also `positions` int64 [B, M] (see `MaskedRows`);
-            `labels` and `has_gold` are then [P], of the masked tokens row by row.
+            `labels` and `has_gold` are then [P], of the masked tokens row by row. The same of words, with the student's
+            positions; the teacher's stand among the signals.
         """
         ids, lengths, segments = self.tokens.gather(index_B, segments=self.with_segments)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
@@ -247,6 +282,21 @@ class Rows:
                 "inputs": inputs,
                 "labels": labels_P,
                 "has_gold": torch.ones_like(labels_P, dtype=torch.bool),
+                "signals": signals,
+                "positions": positions,
+            }
+        if self.words is not None:
+            positions, of_teacher, tags = self.words.batch(index_B)
+            labels_P = tags[positions >= 0]
+            signals = self._signals(index_B)
+            if signals:
+                if str(OF_WORDS) in signals:
+                    signals = {**signals, str(OF_WORDS): taken_at(signals[str(OF_WORDS)], of_teacher)}
+                signals = {**signals, POSITIONS: of_teacher}
+            return {
+                "inputs": inputs,
+                "labels": labels_P,
+                "has_gold": labels_P >= 0,
                 "signals": signals,
                 "positions": positions,
             }

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from ...pipeline.errors import RefusedError
-from ..derivation import Derivation, with_last_hidden_state
+from ...pipeline.ragged import ranges
+from ..derivation import Derivation, taken_at, with_last_hidden_state
 from ..optimizers import OptimizerTrainer
 from .attention_watch import AttentionWatch, watch_attention
 from .convergence import ConvergenceCallback
@@ -93,11 +94,14 @@ class Distillation(nn.Module):
 
         Args are what `Rows.batch` gives, and the signals of other rows.
         """
-        with self._attention or contextlib.nullcontext(), _head_at(self.student, positions):
+        of_words = self._shapes.task == "token"
+        with self._attention or contextlib.nullcontext(), _head_at(self.student, None if of_words else positions):
             output = self.student(**inputs, **self._hidden)
         outputs = self._family.watch(output, inputs["attention_mask"].bool())
         if positions is not None:
-            outputs = dataclasses.replace(outputs, logits_BC=outputs.logits_BC[0], positions_BM=positions)
+            # A head on words is small: it is computed at every token, and read where words begin.
+            logits = taken_at(outputs.logits_BC, positions) if of_words else outputs.logits_BC[0]
+            outputs = dataclasses.replace(outputs, logits_BC=logits, positions_BM=positions)
         if self._attention is not None:
             outputs = dataclasses.replace(outputs, heads=self._attention.heads())
         signals, negatives = signals or {}, negatives or {}
@@ -162,7 +166,7 @@ class StudentTrainer(OptimizerTrainer):
         order: in which order.
         first_step: optimiser steps that an interrupted run has done.
         eval_rows: to evaluate on, or None.
-        score: metrics from logits [N, C] on the evaluation rows, in their order.
+        score: metrics from logits (see `predict_logits`) on the evaluation rows, in their order.
         multipliers: of the learning rate, by part.
         arguments: as those of `Trainer` (`model`, `args`, `callbacks`, ...).
     """
@@ -313,7 +317,7 @@ class StudentTrainer(OptimizerTrainer):
         return metrics
 
     def predict_logits(self, rows: Rows) -> np.ndarray:
-        """float32 [N, C] logits of the student in row order; every rank computes its part and gets all."""
+        """Logits of the student as `predict_logits` gives them; every rank computes its part and gets all."""
         order = self.loader.order
         logits_NC = predict_logits(
             self.student,
@@ -350,7 +354,9 @@ def predict_logits(
     device: torch.device | str = "cpu",
     part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """float32 [N, C] logits in row order; rows are batched by length.
+    """float32 [N, C] logits in row order, of a token task [W, C] word after word; rows are batched by length.
+
+    A word that is not seen has NaN.
 
     Args:
         part: (which, of how many): of the batches, only every so manieth; rows of the others are zero.
@@ -361,16 +367,26 @@ def predict_logits(
     order = np.argsort(rows.tokens.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = batches[part[0] :: part[1]]
-    logits_NC = np.zeros((len(rows), int(student.config.num_labels or 0)), np.float32)
+    words = rows.words
+    num_logits = len(rows) if words is None else len(words.student.values)
+    logits_NC = np.zeros((num_logits, int(student.config.num_labels or 0)), np.float32)
     pinned = torch.device(device).type == "cuda"
     found = []
     with torch.inference_mode():
         for batch in gather_ahead(rows, batches, pinned=pinned):
             inputs = {name: tensor.to(device, non_blocking=pinned) for name, tensor in batch["inputs"].items()}
-            found.append(student(**inputs).logits.float())
+            logits = student(**inputs).logits.float()
+            found.append(logits if words is None else taken_at(logits, batch["positions"].to(logits.device)))
     if batches:
+        places = np.concatenate(batches)
+        if words is not None:
+            starts, lengths = words.student.offsets[:-1][places], words.student.lengths[places]
+            places = ranges(starts, lengths)
+            places = places[words.seen[places]]
         # All at once: on a GPU, every copy back waits until the device is idle.
-        logits_NC[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
+        logits_NC[places] = torch.cat(found).cpu().numpy()
+    if words is not None:
+        logits_NC[~words.seen] = np.nan
     student.train(was_training)
     return logits_NC
 

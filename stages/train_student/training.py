@@ -24,8 +24,9 @@ from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.stage import StageContext, StageResult
 from ...pipeline.store.scratch import blocks, column
+from ...pipeline.store.signal import Signal
 from ..cache_teacher.teacher import max_positions
-from ..cache_teacher.tokenize import encode
+from ..cache_teacher.tokenize import encode_rows
 from ..corpus.corpus import Corpus
 from ..derivation import derivation_of
 from ..metrics import agreement, task_metrics
@@ -38,7 +39,7 @@ from .phases import CarriedProjections, PhaseCallback, facts_of, finish, phase_f
 from .preparation import AGREEMENT, Preparation
 from .ranks import TrainingRanks
 from .recipe import OPTIONS, Phase
-from .rows import Rows, StoredTokens, StoreRows, TokensInMemory, TokenSource
+from .rows import Rows, StoredTokens, StoreRows, TokensInMemory, TokenSource, Words
 from .seen_rows import SeenRows
 from .trainer import Distillation, Metrics, StopAtSignal, StudentTrainer
 
@@ -90,7 +91,9 @@ def train_student(prepared: Preparation, context: StageContext, ranks: TrainingR
         found = [*place.folders, checkpoint]
         ranks.require_alike({"inputs": prepared.fingerprints, "checkpoint": ", ".join(map(str, found))})
     started = time.perf_counter()
-    tokenizer = prepared.student.make_tokenizer(prepared.start, prepared.teacher, lambda: _texts(prepared))
+    tokenizer = prepared.student.make_tokenizer(
+        prepared.start, prepared.teacher, lambda: _texts(prepared), whole_words=prepared.task.kind == "token"
+    )
     set_seed(stage.seed)
     build = prepared.student.build(prepared.start, prepared.teacher, prepared.task, tokenizer)
     data = make_data(prepared, tokenizer, build.model)
@@ -159,10 +162,12 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
     """The rows of a run, read from the views; nothing is gathered yet."""
     views = prepared.views
     stored = StoreRows([view.reader for view in views], [view.rows for view in views], prepared.maskings)
+    of_words = prepared.task.kind == "token"
+    pieces = prepared.first_pieces if of_words else None
     if prepared.student.reads_teacher_tokens(prepared.teacher):
         tokens: TokenSource = StoredTokens(stored)
     else:
-        tokens = _tokenized(tokenizer, prepared.corpora, prepared)
+        tokens, pieces = _tokenized(tokenizer, prepared.corpora, prepared)
     longest, limit = int(tokens.lengths.max(initial=0)), max_positions(model.config)
     if limit is not None and longest > limit:
         raise RefusedError(
@@ -183,6 +188,7 @@ def make_data(prepared: Preparation, tokenizer: PreTrainedTokenizerBase, model: 
         masks=stored if prepared.maskings else None,
         to_derive=prepared.derives,
         families=prepared.families.view(np.int64) if contrasts else None,
+        words=None if pieces is None else Words(pieces, prepared.first_pieces, prepared.tags),
     )
     evaluation, teacher_logits = _evaluation(prepared, tokenizer, rows, stored)
     gold = _numbers(~prepared.held_out & prepared.has_gold)
@@ -201,19 +207,39 @@ def _evaluation(
     prepared: Preparation, tokenizer: PreTrainedTokenizerBase, rows: Rows, stored: StoreRows
 ) -> tuple[Rows | None, np.ndarray | None]:
     if prepared.eval_corpus is not None:
-        tokens = _tokenized(tokenizer, [prepared.eval_corpus], prepared)
-        labels, has_gold = prepared.eval_corpus.labels()
-        return Rows(tokens, labels, has_gold, rows.pad_token_id, rows.with_segments), None
+        corpus = prepared.eval_corpus
+        tokens, pieces = _tokenized(tokenizer, [corpus], prepared)
+        words = None if pieces is None else Words(pieces, pieces, corpus.tags()[0])
+        labels = np.empty(0, np.int64) if words is not None else corpus.labels()[0]
+        return Rows(tokens, labels, corpus.has_gold, rows.pad_token_id, rows.with_segments, words=words), None
     held_out = np.flatnonzero(prepared.held_out & prepared.is_original)
     if not len(held_out):
         return None, None
     logits = None
-    if prepared.role == "distilled" and all(view.reader.has("logits", view.rows).all() for view in prepared.views):
-        from .methods.soft_target import LOGITS
+    signal = prepared.logits
+    judged = prepared.role == "distilled" and all(view.reader.has(signal, view.rows).all() for view in prepared.views)
+    tokens, has_gold = _subset(rows.tokens, held_out), rows.has_gold[held_out]
+    if rows.words is not None:
+        words = rows.words.take(held_out)
+        if judged:
+            logits = _at_words(stored, signal, held_out, words.teacher)
+        own = Words(words.student, words.student, words.tags)
+        return Rows(tokens, rows.labels, has_gold, rows.pad_token_id, rows.with_segments, words=own), logits
+    if judged:
+        logits = stored.gather(signal, held_out).astype(np.float32)
+    return Rows(tokens, rows.labels[held_out], has_gold, rows.pad_token_id, rows.with_segments), logits
 
-        logits = stored.gather(LOGITS, held_out).astype(np.float32)
-    tokens = _subset(rows.tokens, held_out)
-    return Rows(tokens, rows.labels[held_out], rows.has_gold[held_out], rows.pad_token_id, rows.with_segments), logits
+
+def _at_words(stored: StoreRows, signal: Signal, index: np.ndarray, pieces: Ragged) -> np.ndarray:
+    """float32 [W, C] the teacher's logits of some rows where their words begin; NaN of words that begin nowhere."""
+    parts = []
+    for rows in blocks(len(index), 1024):
+        logits_BTC, _ = stored.gather_padded(signal, index[rows])
+        part = pieces.slice(rows.start, rows.stop)
+        logits_WC = logits_BTC[np.repeat(np.arange(len(part)), part.lengths), part.values].astype(np.float32)
+        logits_WC[part.values < 0] = np.nan
+        parts.append(logits_WC)
+    return np.concatenate(parts)
 
 
 def _subset(tokens: TokenSource, index: np.ndarray) -> TokensInMemory:
@@ -224,13 +250,17 @@ def _subset(tokens: TokenSource, index: np.ndarray) -> TokensInMemory:
 
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, corpora: tuple[Corpus, ...] | list[Corpus], prepared: Preparation
-) -> TokensInMemory:
-    """The corpora in the student's tokens, cut where the teacher's input was cut."""
+) -> tuple[TokensInMemory, Ragged | None]:
+    """The corpora in the student's tokens, cut where the teacher's input was cut; of a token task also which of them
+    every word begins with."""
     longest = min(prepared.teacher.max_tokens, tokenizer.model_max_length)
-    parts = [encode(tokenizer, *corpus.texts(), longest) for corpus in corpora]
-    return TokensInMemory(
-        Ragged.concatenate([ids for ids, _ in parts]), Ragged.concatenate([segments for _, segments in parts])
+    of_words = prepared.task.kind == "token"
+    parts = [encode_rows(tokenizer, *corpus.texts(), longest, words=of_words) for corpus in corpora]
+    tokens = TokensInMemory(
+        Ragged.concatenate([part.token_ids for part in parts]), Ragged.concatenate([part.segment_ids for part in parts])
     )
+    pieces = [part.first_pieces for part in parts if part.first_pieces is not None]
+    return tokens, Ragged.concatenate(pieces) if pieces else None
 
 
 def _texts(prepared: Preparation) -> list[str]:
@@ -386,10 +416,14 @@ def whole(student: PreTrainedModel) -> PreTrainedModel:
 def _scorer(prepared: Preparation, data: Data) -> Any:
     rows, kind, teacher = data.evaluation, prepared.task.kind, data.teacher_logits
     assert rows is not None
+    gold, labels = rows.has_gold, rows.labels
+    scored, labels_of_scored = gold, labels[gold] if rows.words is None else np.empty(0)
+    if rows.words is not None:
+        tags = rows.words.tags
+        scored, labels_of_scored = np.repeat(gold, tags.lengths), tags.take(np.flatnonzero(gold))
 
     def score(logits_NC: np.ndarray) -> Metrics:
-        gold = rows.has_gold
-        found = task_metrics(kind, logits_NC[gold], rows.labels[gold]) if gold.any() else {}
+        found = task_metrics(kind, logits_NC[scored], labels_of_scored, prepared.task.label_names) if gold.any() else {}
         return found if teacher is None else {**found, AGREEMENT: agreement(kind, logits_NC, teacher)}
 
     return score

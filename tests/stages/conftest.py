@@ -149,7 +149,6 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
                 "kind": "run",
                 "fingerprint": fingerprint(identity),
                 "identity": identity,
-                "config": {"view": [f"runs/views/{view}"]},
                 "summary": {"seconds": 12.0, "rows": 200, "evaluated_on": "held-out rows of the view"},
                 "content": {
                     "role": role,
@@ -204,3 +203,57 @@ def masked_lm(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, sent
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+TAGS = ("O", "B-THING", "I-THING")
+
+
+@pytest.fixture(scope="session")
+def token_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """Folder of a seeded 2-layer BERT that tags tokens with `TAGS`."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, BertForTokenClassification
+
+    folder = tmp_path_factory.mktemp("token-teacher")
+    config = AutoConfig.from_pretrained(tiny_teacher)
+    config.id2label, config.problem_type = dict(enumerate(TAGS)), None
+    config.label2id = {name: index for index, name in enumerate(TAGS)}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = BertForTokenClassification(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.25)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tagged_rows(sentences: list[str]) -> list[tuple[list[str], list[str]]]:
+    """Sixty sentences as words with a tag each, which follows from it; some words have several pieces, some none."""
+    rows = []
+    for row, sentence in enumerate(sentences[:60]):
+        words = sentence.split()
+        words[row % len(words) : row % len(words)] = [("zebra", "don't", "\u200b")[row % 3]] if row % 2 else []
+        words += ["a", "very", "long", "tail", "of", "words"] if row % 5 == 0 else []
+        things = [word in ("book", "zebra", "film", "don't", "dinner", "stars") for word in words]
+        before = [False, *things[:-1]]
+        rows.append((words, [TAGS[thing + (thing and old)] for thing, old in zip(things, before, strict=True)]))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def write_tagged() -> Callable[..., Path]:
+    """`write_tagged(path, rows)`: a Parquet file of words and tags; tags may be None."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(path: Path, rows: Sequence[tuple[list[str], list[str] | None]]) -> Path:
+        words, tags = ([row[side] for row in rows] for side in (0, 1))
+        kind = pa.list_(pa.string())
+        pq.write_table(pa.table({"words": pa.array(words, kind), "tags": pa.array(tags, kind)}), path)
+        return path
+
+    return write

@@ -7,7 +7,7 @@ over examples of a per-example value that depends on nothing else in the batch (
 from .attention import attention_kl, probability_mse, relation_scores, score_mse
 from .contrastive import info_nce, noise_contrastive, similarities
 from .gold import gold_binary_cross_entropy, gold_cross_entropy, gold_squared_error, token_cross_entropies
-from .logits import bernoulli_kl, flsw_temperatures, logit_mse, soft_target_kl, soft_target_kls
+from .logits import bernoulli_kl, flsw_temperatures, logit_distances, logit_mse, soft_target_kl, soft_target_kls
 from .reduce import Pooling, over_masked, over_pairs, over_tokens, wide
 from .states import (
     attended_mse,
@@ -44,6 +44,7 @@ __all__ = [
     "info_nce",
     "joined",
     "layer_weights",
+    "logit_distances",
     "logit_mse",
     "mean_mse",
     "noise_contrastive",

@@ -102,3 +102,15 @@ def logit_mse(student_BC: Tensor, teacher_BC: Tensor, *, reduction: Literal["sum
     """
     squares_BC = (wide(student_BC) - wide(teacher_BC.detach())).square()
     return squares_BC.sum(-1).mean() if reduction == "sum_class" else squares_BC.mean()
+
+
+def logit_distances(student_PC: Tensor, teacher_PC: Tensor, *, reduction: Literal["sum_class", "mean_all"]) -> Tensor:
+    """[P]: the same of each of P predictions, for whoever averages them (`over_masked`).
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> logit_distances(student, teacher, reduction="sum_class").tolist()
+    [2.0]
+    """
+    squares_PC = (wide(student_PC) - wide(teacher_PC.detach())).square()
+    return squares_PC.sum(-1) if reduction == "sum_class" else squares_PC.mean(-1)

@@ -20,6 +20,7 @@ from . import (  # noqa: F401
     tinybert,
 )
 from .base import (
+    OF_WORDS,
     Heads,
     Method,
     Shapes,
@@ -27,6 +28,7 @@ from .base import (
     Targets,
     Term,
     Unfit,
+    by_teacher_token,
     fitting_form,
     fitting_methods,
     methods,
@@ -35,6 +37,7 @@ from .base import (
 from .layer_maps import layer_groups, layer_pairs
 
 __all__ = [
+    "OF_WORDS",
     "Heads",
     "Method",
     "Shapes",
@@ -42,6 +45,7 @@ __all__ = [
     "Targets",
     "Term",
     "Unfit",
+    "by_teacher_token",
     "fitting_form",
     "fitting_methods",
     "layer_groups",

@@ -1,7 +1,8 @@
 """What a method is: a named loss, the teacher signals it needs, the student outputs it reads, its projections.
 
 Dimension key: B examples, C classes, T token positions, D features; layer 0 is the embedding output, 1..L the blocks.
-Of masked text: M slots of an example for masked tokens, P masked tokens of the batch, V vocabulary.
+Of masked text: M slots of an example for masked tokens, P masked tokens of the batch, V vocabulary. Of token tasks: M
+slots of an example for words, P words of the batch that have a token of both models.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Shapes:
     """What a method may know of both models before either is built.
 
     Attributes:
-        task: "single-label", "multi-label" or "regression"; "masked-lm", or "encoder" where nothing is predicted.
+        task: "single-label", "multi-label", "regression" or "token"; "masked-lm", or "encoder" where nothing is
+            predicted.
         num_labels: C; 1 for regression, 0 where there are no labels.
         token_widths: the student's D of token states, layer 0 first.
         sentence_widths: the student's D of sentence vectors, layer 0 first.
@@ -72,13 +74,14 @@ class StudentOutputs:
     """What one forward pass of a student shows to the methods.
 
     Attributes:
-        logits_BC: with gradient; of a masked LM [P, V], row by row, and of an encoder without a head [B, 0].
+        logits_BC: with gradient; of a masked LM [P, V] and of words [P, C], row by row, and of an encoder without a
+            head [B, 0].
         mask_BT: bool, True at true tokens.
         token_states: [B, T, D] per layer, layer 0 first; empty when no method reads them.
         sentence_vector: the student's own summary [B, D] of a layer: [CLS], or what a BiLSTM pools.
         heads: what the attention of a block works on, by layer (1..L), before any dropout; empty when no method reads
             it.
-        positions_BM: of masked text, int64: which tokens are masked; below 0 in slots that are not used.
+        positions_BM: int64: which tokens are masked, or begin a word; below 0 in slots that are not used.
     """
 
     logits_BC: Tensor
@@ -90,7 +93,7 @@ class StudentOutputs:
 
     @property
     def masked_BM(self) -> Tensor:
-        """bool: slots of masked tokens that are used."""
+        """bool: slots of masked tokens, or words, that are used."""
         assert self.positions_BM is not None
         return self.positions_BM >= 0
 
@@ -136,10 +139,10 @@ class Targets:
     Attributes:
         signals: teacher tensors by `str(signal)`: logits [B, C], sentence vectors [B, D], token states [B, T, D],
             attention scores [B, H, T, T], queries, keys and values [B, T, 3, D]; of masked tokens states [B, M, D]
-            and logits [P, V].
+            and logits [P, V]; of words logits [P, C].
         labels: int64 [B], float32 [B] or float32 [B, C] by task; anything where there is no gold. Of masked text
-            int64 [P]: what stood there.
-        has_gold_B: bool, whether `labels` holds a gold label.
+            int64 [P]: what stood there; of words int64 [P].
+        has_gold_B: bool, whether `labels` holds a gold label; of masked text and words [P].
         negatives: the signals of K other rows, drawn for this step, where a method asks for them; beside these, and
             beside `signals`, stands `FAMILY`.
         seed, epoch: what a method's draws come from, so that they are the same on all ranks and after a resume.
@@ -207,6 +210,15 @@ class Method(ABC):
 methods: Registry[Method] = Registry("method")
 
 
+OF_WORDS = Signal("logits.tok")
+"""Logits of a token classifier; methods get those of words, at the first token of each."""
+
+
+def by_teacher_token(signal: Signal) -> bool:
+    """Whether what a method gets of a signal belongs to tokens, which the student must then read too."""
+    return signal.kind.axis != "example" and signal != OF_WORDS
+
+
 def fitting_methods(shapes: Shapes, *, reads_teacher_tokens: bool = True) -> tuple[str, ...]:
     """Names of the methods that two models can be used with, options at their defaults.
 
@@ -224,7 +236,7 @@ def fitting_methods(shapes: Shapes, *, reads_teacher_tokens: bool = True) -> tup
             shapes.task == "masked-lm" and Signal("logits") in signals
         ):
             continue
-        if reads_teacher_tokens or all(signal.kind.axis == "example" for signal in signals):
+        if reads_teacher_tokens or not any(map(by_teacher_token, signals)):
             fitting.append(name)
     return tuple(fitting)
 

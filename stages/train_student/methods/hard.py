@@ -22,7 +22,8 @@ class Hard(Method):
     does not depend on how rows fall into batches.
 
     Of masked text the labels are the tokens that stood there: the masked-LM loss, a mean over an example's masked
-    tokens, then over examples; `reduction=token` is one mean over all of the batch.
+    tokens, then over examples; `reduction=token` is one mean over all of the batch. Of a token task b goes over all
+    words of the batch, each at its first piece; words without a gold tag count 0.
 
     Signals: none. Student outputs: `logits`. Projections: none.
     """
@@ -40,6 +41,10 @@ class Hard(Method):
         if shapes.task == "masked-lm":
             values_P = losses.token_cross_entropies(student.logits_BC, targets.labels)
             return {"hard": losses.over_masked(values_P, student.masked_BM, self.reduction)}
+        if shapes.task == "token":
+            gold_P = targets.has_gold_B
+            values_P = losses.token_cross_entropies(student.logits_BC, targets.labels.masked_fill(~gold_P, 0))
+            return {"hard": losses.over_masked(values_P.masked_fill(~gold_P, 0.0), student.masked_BM, "token")}
         distance = {
             "single-label": losses.gold_cross_entropy,
             "multi-label": losses.gold_binary_cross_entropy,

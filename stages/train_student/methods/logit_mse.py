@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
-from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .base import OF_WORDS, Method, Shapes, StudentOutputs, Targets, methods
 
 LOGITS = Signal("logits")
 
@@ -26,7 +26,9 @@ class LogitMse(Method):
 
     `scale` is s: a recipe raises it from a fraction to 1, as Annealing-KD does (Jafari et al., arXiv 2104.07163).
 
-    Signals: `logits`. Student outputs: `logits`. Projections: none.
+    Of a token task b goes over all words of the batch, each at its first piece.
+
+    Signals: `logits`, or `logits.tok` of a token task. Student outputs: `logits`. Projections: none.
     """
 
     source = "Tang et al., Distilling Task-Specific Knowledge from BERT into Simple Neural Networks, arXiv 1903.12136"
@@ -38,11 +40,15 @@ class LogitMse(Method):
             raise UsageError(f"option 'scale' of method 'logit-mse' is {self.scale:g}; expected above 0")
 
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
-        return (LOGITS,)
+        return (OF_WORDS if shapes.task == "token" else LOGITS,)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
+        (signal,) = self.signals(shapes)
         # At 1 the product would change nothing but the type of stored half-precision logits.
-        teacher_BC = targets[LOGITS] if self.scale == 1.0 else targets[LOGITS].float() * self.scale
+        teacher_BC = targets[signal] if self.scale == 1.0 else targets[signal].float() * self.scale
+        if shapes.task == "token":
+            values_P = losses.logit_distances(student.logits_BC, teacher_BC, reduction=self.reduction)
+            return {"logit-mse": losses.over_masked(values_P, student.masked_BM, "token")}
         return {"logit-mse": losses.logit_mse(student.logits_BC, teacher_BC, reduction=self.reduction)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ....pipeline.errors import UsageError
 from ....pipeline.store.signal import Signal
 from .. import losses
-from .base import Method, Shapes, StudentOutputs, Targets, methods
+from .base import OF_WORDS, Method, Shapes, StudentOutputs, Targets, methods
 
 LOGITS, OF_MASKED = Signal("logits"), Signal("mlm.logits")
 
@@ -29,9 +29,11 @@ class SoftTarget(Method):
 
     Of masked text the student is a masked LM, and the distributions are those over the vocabulary at the masked tokens
     alone (`restrict_ce_to_mask` of DistilBERT's code, which by default takes all tokens): the mean over an example's,
-    then over examples; `reduction=token` is one mean over all of the batch, as that code has it.
+    then over examples; `reduction=token` is one mean over all of the batch, as that code has it. Of a token task the
+    distributions are those of every word, at its first piece: one mean over all words of the batch.
 
-    Signals: `logits`, or `mlm.logits` of masked text. Student outputs: `logits`. Projections: none.
+    Signals: `logits`, `mlm.logits` of masked text, `logits.tok` of a token task. Student outputs: `logits`.
+    Projections: none.
     """
 
     source = "Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
@@ -58,16 +60,19 @@ class SoftTarget(Method):
     def signals(self, shapes: Shapes) -> tuple[Signal, ...]:
         if self.flsw and shapes.task != "single-label":
             raise UsageError(f"option 'flsw' of method 'soft-target' is for one label of several, not {shapes.task}")
-        return (OF_MASKED if shapes.task == "masked-lm" else LOGITS,)
+        return ({"masked-lm": OF_MASKED, "token": OF_WORDS}.get(shapes.task, LOGITS),)
 
     def loss(
         self, student: StudentOutputs, targets: Targets, projections: nn.ModuleDict, shapes: Shapes
     ) -> dict[str, Tensor]:
         if shapes.task == "regression":
             return {"soft-target": losses.logit_mse(student.logits_BC, targets[LOGITS], reduction="mean_all")}
-        if shapes.task == "masked-lm":
-            values_P = losses.soft_target_kls(student.logits_BC, targets[OF_MASKED], temperature=self.temperature)
-            value = losses.over_masked(values_P, student.masked_BM, self.reduction)
+        if shapes.task in ("masked-lm", "token"):
+            (signal,) = self.signals(shapes)
+            values_P = losses.soft_target_kls(student.logits_BC, targets[signal], temperature=self.temperature)
+            value = losses.over_masked(
+                values_P, student.masked_BM, "token" if shapes.task == "token" else self.reduction
+            )
             return {"soft-target": value if self.squared else value / self.temperature**2}
         if self.flsw:
             student_BC, teacher_BC = student.logits_BC, targets[LOGITS]

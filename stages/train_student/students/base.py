@@ -76,8 +76,8 @@ class Task:
     """What the student is to predict.
 
     Attributes:
-        kind: "single-label", "multi-label" or "regression"; "masked-lm" for the tokens of masked text, "encoder" for
-            nothing: a student of hidden states, to be fine-tuned.
+        kind: "single-label", "multi-label", "regression" or "token"; "masked-lm" for the tokens of masked text,
+            "encoder" for nothing: a student of hidden states, to be fine-tuned.
         label_names: names of the logits in their order; one name for regression, none for the last two.
         pair: whether examples have two texts.
     """
@@ -96,8 +96,12 @@ class Task:
         """The Auto class of transformers for its models."""
         import transformers
 
-        general = {"masked-lm": transformers.AutoModelForMaskedLM, "encoder": transformers.AutoModel}
-        return general.get(self.kind, transformers.AutoModelForSequenceClassification)
+        others = {
+            "token": transformers.AutoModelForTokenClassification,
+            "masked-lm": transformers.AutoModelForMaskedLM,
+            "encoder": transformers.AutoModel,
+        }
+        return others.get(self.kind, transformers.AutoModelForSequenceClassification)
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of a transformers config that say so."""
@@ -107,7 +111,7 @@ class Task:
             "num_labels": len(self.label_names),
             "id2label": dict(enumerate(self.label_names)),
             "label2id": {name: index for index, name in enumerate(self.label_names)},
-            "problem_type": PROBLEM_TYPE[self.kind],
+            **({} if self.kind == "token" else {"problem_type": PROBLEM_TYPE[self.kind]}),
         }
 
 
@@ -292,9 +296,19 @@ class Student(ABC):
         return 0, 0
 
     def make_tokenizer(
-        self, start: Start, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]
+        self,
+        start: Start,
+        teacher: TeacherFacts,
+        texts: Callable[[], Sequence[str]],
+        *,
+        whole_words: bool = False,
     ) -> PreTrainedTokenizerBase:
-        """The student's tokenizer; `texts` gives the training texts when it has to be learned."""
+        """The student's tokenizer.
+
+        Args:
+            texts: gives the training texts when it has to be learned.
+            whole_words: it is then to make one unit of every word between spaces.
+        """
         return teacher.tokenizer
 
     @abstractmethod

@@ -34,6 +34,9 @@ LEAST = {
 class BiLstm(Student):
     """Bidirectional LSTM, pooled, with a ReLU layer before the logits; pairs are encoded apart and compared.
 
+    Of a token task nothing is pooled: the layers before the logits read the state of every token, and own words are
+    those of the corpus, one state each.
+
     Options: `preset` is where the others start from (`kd students` lists them); `units` are the teacher's `pieces` or
     own lower-cased `words` (at most `max_words` of those that occur `min_count` times in training, and the first
     `file_words` of a file of word vectors); `hidden_size` is that of one direction; `embedding_size` 0 takes the width
@@ -111,6 +114,11 @@ class BiLstm(Student):
                 f"option 'file_words' of student 'bilstm' takes words from a file of word vectors, and {start} is none",
                 fix="--init vectors:FILE",
             )
+        if task.kind == "token" and self.pooling != PRESETS[self.preset].options.get("pooling", "max"):
+            raise UsageError(
+                f"option 'pooling' of student 'bilstm' is {self.pooling!r}, and a token task pools nothing",
+                fix="leave pooling out",
+            )
         width = self._table_width(start, teacher)
         if start.kind != "random" and not width:
             raise RefusedError(f"word vectors {start.path}: no table of finite numbers in it")
@@ -140,7 +148,12 @@ class BiLstm(Student):
         return token, tuple((4 if task.pair else 1) * width for width in token)
 
     def make_tokenizer(
-        self, start: Start, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]
+        self,
+        start: Start,
+        teacher: TeacherFacts,
+        texts: Callable[[], Sequence[str]],
+        *,
+        whole_words: bool = False,
     ) -> PreTrainedTokenizerBase:
         if self.reads_pieces:
             return teacher.tokenizer
@@ -150,20 +163,22 @@ class BiLstm(Student):
             max_words=self.max_words,
             max_tokens=teacher.max_tokens,
             further=read_words(start.path, self.file_words) if self.file_words else (),
+            whole_words=whole_words,
         )
 
     def build(self, start: Start, teacher: TeacherFacts, task: Task, tokenizer: PreTrainedTokenizerBase) -> Build:
         import torch
 
-        from ..bilstm_model import BiLstmConfig, BiLstmForSequenceClassification
+        from ..bilstm_model import BiLstmConfig, BiLstmForSequenceClassification, BiLstmForTokenClassification
 
+        of_words = task.kind == "token"
         config = BiLstmConfig(
             vocab_size=teacher.vocab_size if self.reads_pieces else len(tokenizer),
             embedding_size=self._width(start, teacher),
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_layers,
             head_size=self.head_size,
-            pooling=self.pooling,
+            pooling="max" if of_words else self.pooling,
             pair=task.pair,
             dropout=self.dropout,
             freeze_embeddings=self.static,
@@ -173,7 +188,7 @@ class BiLstm(Student):
             cls_token_id=tokenizer.cls_token_id,
             **task.config_fields(),
         )
-        model = BiLstmForSequenceClassification(config)
+        model = (BiLstmForTokenClassification if of_words else BiLstmForSequenceClassification)(config)
         if start.kind == "random":
             return Build(model)
         table_VD = self._table(start, teacher, tokenizer, config.embedding_size)
@@ -240,7 +255,13 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
 
 
 def word_tokenizer(
-    texts: Sequence[str], *, min_count: int, max_words: int, max_tokens: int, further: Iterable[str] = ()
+    texts: Sequence[str],
+    *,
+    min_count: int,
+    max_words: int,
+    max_tokens: int,
+    further: Iterable[str] = (),
+    whole_words: bool = False,
 ) -> PreTrainedTokenizerBase:
     """A tokenizer of lower-cased words, its vocabulary the most frequent ones of `texts`.
 
@@ -253,6 +274,7 @@ def word_tokenizer(
         max_words: most rows for them, special tokens included.
         max_tokens: `model_max_length` of the tokenizer.
         further: words that have a row beside them, in this order; what is no single word is left out.
+        whole_words: words are instead what stands between spaces, as the texts of a token task have them.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -262,7 +284,11 @@ def word_tokenizer(
     special = [PAD, UNKNOWN, SEPARATOR, MASK]
     backend = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
     backend.normalizer = _normalizer(mask=" ")  # counted as a word, [MASK] would get a second row
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
+    backend.pre_tokenizer = (
+        pre_tokenizers.Split(" ", behavior="removed")
+        if whole_words
+        else pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
+    )
     trainer = trainers.WordLevelTrainer(
         vocab_size=max_words, min_frequency=min_count, special_tokens=special, show_progress=False
     )
@@ -270,7 +296,7 @@ def word_tokenizer(
     backend.normalizer = _normalizer(mask=MASK)
     row_of = backend.get_vocab()
     for word in map(backend.normalizer.normalize_str, further):
-        if split_words(word) == [word]:
+        if (word.split(" ") if whole_words else split_words(word)) == [word]:
             row_of.setdefault(word, len(row_of))
     backend.model = models.WordLevel(row_of, unk_token=UNKNOWN)
     backend.post_processor = processors.TemplateProcessing(

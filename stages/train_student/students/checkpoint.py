@@ -104,7 +104,12 @@ class Checkpoint(Student):
         return heads, int(self.config.true_hidden_size if bottleneck else self.config.hidden_size) if heads else 0
 
     def make_tokenizer(
-        self, start: Start, teacher: TeacherFacts, texts: Callable[[], Sequence[str]]
+        self,
+        start: Start,
+        teacher: TeacherFacts,
+        texts: Callable[[], Sequence[str]],
+        *,
+        whole_words: bool = False,
     ) -> PreTrainedTokenizerBase:
         return self.tokenizer
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kd.stages.compare.statistics import mean_and_deviation, paired_bootstrap, share_of_gap
+from kd.pipeline.ragged import Ragged
+from kd.stages.compare.statistics import mean_and_deviation, paired_bootstrap, share_of_gap, tag_counts
+from kd.stages.metrics import task_metrics
 
 
 def one_hot(predicted: np.ndarray, num: int = 2) -> np.ndarray:
@@ -75,3 +77,41 @@ def test_constant_predictions_have_an_interval_for_correlations() -> None:
         "pearson", "regression", [labels[:, None]], [np.ones((80, 1))], labels, samples=100, seed=0
     )
     assert low == pytest.approx(1.0) and high == pytest.approx(1.0)
+
+
+BIO = ("O", "B-A", "I-A", "B-B", "I-B")
+
+
+def tagged(seed: int) -> tuple[np.ndarray, np.ndarray, Ragged]:
+    """(logits of a good model, of a bad one, gold tags) of 60 rows; some words were not seen."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 9, 60)
+    gold = generator.integers(0, 5, lengths.sum())
+    sides = []
+    for share in (0.9, 0.6):
+        predicted = np.where(generator.random(len(gold)) < share, gold, generator.integers(0, 5, len(gold)))
+        logits = one_hot(predicted, 5)
+        logits[generator.random(len(gold)) < 0.03] = np.nan
+        sides.append(logits)
+    return sides[0], sides[1], Ragged.from_lengths(gold, lengths)
+
+
+@pytest.mark.parametrize("name", ["f1", "precision", "recall", "accuracy"])
+def test_counts_of_rows_add_up_to_the_metric_of_words(name: str) -> None:
+    good, bad, gold = tagged(0)
+    values = []
+    for logits in (good, bad):
+        right, of = tag_counts(name, logits, gold, BIO).sum(axis=0)
+        values.append(task_metrics("token", logits, gold, BIO)[name])
+        assert right / of == pytest.approx(values[-1], abs=1e-12)
+    low, high = paired_bootstrap(name, "token", [good], [bad], gold, samples=200, seed=0, label_names=BIO)
+    assert low < values[0] - values[1] < high and low > 0
+
+
+def test_tags_that_are_not_bio_are_resampled_by_row_too() -> None:
+    good, bad, gold = tagged(1)
+    names = tuple("abcde")
+    for name in ("accuracy", "macro_f1"):
+        gain = [task_metrics("token", logits, gold, names)[name] for logits in (good, bad)]
+        low, high = paired_bootstrap(name, "token", [good], [bad], gold, samples=100, seed=0, label_names=names)
+        assert low < gain[0] - gain[1] < high and low > 0

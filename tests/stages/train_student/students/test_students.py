@@ -444,3 +444,13 @@ def test_a_word_table_of_another_shape_is_refused_whatever_its_checksum_says(sha
 
     with pytest.raises(VerificationError, match="is no table of 3 words"):
         TeacherFacts(Store(), {"vocab_size": 3}).word_table()  # type: ignore[arg-type]
+
+
+def test_words_of_a_token_task_are_one_unit_each_whatever_is_in_them() -> None:
+    texts = ["New-York U.S. don't [MASK] x\u00a0y", "new-york wins"]
+    tokenizer = word_tokenizer(
+        texts, min_count=1, max_words=20, max_tokens=16, further=["per cent", "1,5"], whole_words=True
+    )
+    assert tokenizer.tokenize(texts[0]) == ["new-york", "u.s.", "don't", "[MASK]", "x\u00a0y"]
+    assert tokenizer.tokenize("new-york 1,5 never-seen") == ["new-york", "1,5", "[UNK]"]
+    assert "per cent" not in tokenizer.get_vocab()
