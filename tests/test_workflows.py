@@ -102,17 +102,19 @@ def run_here(workflow: str, output_dir: Path, given: dict[str, Any]) -> dict[str
 def test_the_sst2_workflow_runs_whole(tmp_path: Path, tiny_teacher: Path, sentences: list[str]) -> None:
     data = write_dataset(tmp_path / "data", sentences, test="validation")
     given = {
-        **{"data": str(data), "model": str(tiny_teacher), "labels_total": 30, "max_length": 32, "num_variants": 1},
+        **{"data": str(data), "model": str(tiny_teacher), "labels_total": 30, "max_length": 32},
         **{"seeds": [1], "teacher_epochs": 1, "steps": 4, "batch_size": 16, "validation_fraction": 0.2},
     }
     ran = run_here("sst2-bilstm.yaml", tmp_path / "runs", given)
-    rows = {name: open_artifact(tmp_path / "runs" / name) for name in ("view", "view-of-variants")}
+    rows = {name: open_artifact(tmp_path / "runs" / name) for name in ("view", "grown-views/v0", "grown-views/v1")}
     assert rows["view"].manifest["summary"]["rows_new"] == len(sentences[:140])
-    # The second view finds the originals in the store.
-    assert rows["view-of-variants"].manifest["summary"]["rows_known"] >= len(sentences[:140])
+    # The other views find the originals in the store.
+    assert rows["grown-views/v0"].manifest["summary"]["rows_computed"] == 0
+    assert rows["grown-views/v1"].manifest["summary"]["rows_known"] >= len(sentences[:140])
     assert [*ran][-1] == "compare"
     compared = open_artifact(ran["compare"].output_dir).manifest["summary"]
     assert [group["role"] for group in compared["groups"]] == ["floor", "start", "distilled", "distilled"]
+    assert [group["view"] for group in compared["groups"]] == [None, None, "v0", "v1"]
     assert all(len(group["tried"]) == 2 for group in compared["groups"])
 
 

@@ -26,7 +26,7 @@ from ..corpus import Corpus
 from ..evaluate import SMALL_SPLIT, matching_columns
 from ..metrics import agreement, check_metric, main_metric, task_metrics
 from ..predict import Predictor, load_predictor
-from .groups import Group, baselines, make_groups, plain_soft_targets, read_run
+from .groups import Group, baselines, make_groups, plain_soft_targets, read_run, told_apart_by_view
 from .stage import Compare
 from .statistics import mean_and_deviation, paired_bootstrap, share_of_gap
 from .table import markdown_report
@@ -107,7 +107,8 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
                 speed["speed_up"] = speeds[TEACHER]["p50_ms"] / speed["p50_ms"]
 
     rows = [
-        _row(group, row, task, teacher) | {"cost": _cost(row.model) | speeds.get(name, {})}
+        _row(group, row, task, teacher)
+        | {"view": told_apart_by_view(group, groups), "cost": _cost(row.model) | speeds.get(name, {})}
         for group, row, name in zip(groups, scored, timed_as, strict=True)
     ]
     notes = _add_differences(rows, groups, scored, teacher, metric_name, task, labels, names, stage, progress)

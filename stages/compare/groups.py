@@ -26,6 +26,7 @@ class Run:
         role: "baseline" or "distilled".
         student, init, method: as the user would write them.
         views: fingerprints of what it was trained on.
+        view_names: the names of their folders.
         seed, steps: of its training.
         rows: rows that it was trained on; None if unknown.
         seconds: wall time of its training; None if unknown.
@@ -42,6 +43,7 @@ class Run:
     init: str
     method: str
     views: tuple[str, ...]
+    view_names: tuple[str, ...]
     seed: int
     steps: int
     rows: int | None
@@ -119,6 +121,9 @@ def read_run(path: str | Path) -> Run:
         init=content["init"],
         method=content["method"],
         views=tuple(content.get("view", ())),
+        view_names=tuple(
+            str(path).rstrip("/").rpartition("/")[2] for path in manifest.get("config", {}).get("view") or ()
+        ),
         seed=content["seed"],
         steps=content["steps"],
         rows=manifest.get("summary", {}).get("rows"),
@@ -198,6 +203,17 @@ def _point(run: Run, search: Sequence[str]) -> dict[str, Any]:
 def _mean(values: Iterable[float]) -> float:
     found = [*values]
     return sum(found) / len(found)
+
+
+def told_apart_by_view(group: Group, groups: Sequence[Group]) -> str | None:
+    """The names of a group's views, where another group differs from it in these; None where nothing needs them."""
+
+    def written(of: Group) -> tuple[str, ...]:
+        return (of.role, of.first.student, of.first.init, of.first.method)
+
+    names = group.first.view_names
+    twins = [other for other in groups if written(other) == written(group) and other.first.views != group.first.views]
+    return "+".join(names) if names and any(other.first.view_names != names for other in twins) else None
 
 
 def baselines(group: Group, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:

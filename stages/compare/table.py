@@ -70,38 +70,25 @@ def markdown_report(summary: Mapping[str, Any]) -> str:
 
 def quality_table(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows: the teacher, then the groups."""
-    metric = summary["main_metric"]
+    metric, teacher = summary["main_metric"], summary["teacher"]
     names = list(dict.fromkeys([metric, *_metrics_shown(summary)]))
-    with_teacher = summary["teacher"] is not None
-    header = ["role", "student", "start", "learned from", "rows", "seeds", *names]
-    header += ["agreement", "of floor gap", "of start gap"] if with_teacher else []
-    with_plain = any(group.get("gain_over_plain") for group in summary["groups"])
-    header += ["over soft targets"] if with_plain else []
-    table = [header]
-    if with_teacher:
-        teacher = summary["teacher"]
-        labelled = _count(teacher.get("labelled_rows"))
+    header = ["role", "student", "start", "learned from", "view", "rows", "seeds", *names]
+    table = [[*header, "agreement", "of floor gap", "of start gap", "over soft targets"]]
+    if teacher is not None:
         figures = [_figure(name, teacher["metrics"][name]) for name in names]
-        table.append(
-            ["teacher", "", "", "gold labels", labelled, "", *figures, "", "", "", *([""] if with_plain else [])]
-        )
+        labelled = _count(teacher.get("labelled_rows"))
+        table.append(["teacher", "", "", "gold labels", "", labelled, "", *figures, "", "", "", ""])
     for group in summary["groups"]:
+        texts = [group["role"], group["student"], group["init"], group["method"], group.get("view") or ""]
         figures = [_figure(name, group["metrics"][name], group["deviations"][name]) for name in names]
-        row = [
-            group["role"],
-            group["student"],
-            group["init"],
-            group["method"],
-            _count(group["training_rows"]),
-            str(len(group["seeds"])),
-            *figures,
-        ]
-        if with_teacher:
+        row = [*texts, _count(group["training_rows"]), str(len(group["seeds"])), *figures]
+        if teacher is not None:
             shares = [group.get("share_of_floor_gap"), group.get("share_of_start_gap")]
             row += [_figure("accuracy", group["agreement"]), *(_share(share, group["role"]) for share in shares)]
-        row += [_gain(group.get("gain_over_plain"), metric)] if with_plain else []
-        table.append(row)
-    return table
+        else:
+            row += ["", "", ""]
+        table.append([*row, _gain(group.get("gain_over_plain"), metric)])
+    return _without_empty_columns(table)
 
 
 def cost_table(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -142,8 +129,9 @@ def gain_lines(summary: Mapping[str, Any]) -> list[str]:
             continue
         scale = 100.0 if metric in PERCENT else 1.0
         unit = " points" if metric in PERCENT else ""
+        view = f" on {group['view']}" if group.get("view") else ""
         lines.append(
-            f"distilled − start, {group['student']} from {group['init']}, {group['method']}: "
+            f"distilled − start, {group['student']} from {group['init']}, {group['method']}{view}: "
             f"{scale * gain['mean']:+.2f}{unit} of {metric}, "
             f"95 % interval over examples {scale * gain['low']:+.2f} to {scale * gain['high']:+.2f}"
         )
@@ -236,13 +224,17 @@ def _count(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
+def _without_empty_columns(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*kept, strict=True)]
+
+
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width; columns of figures to the right."""
-    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
     columns = []
-    for column in kept:
+    for column in zip(*table, strict=True):
         width = max(map(len, column))
-        is_text = column[0] in ("role", "student", "start", "learned from")
+        is_text = column[0] in ("role", "student", "start", "learned from", "view")
         columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in column])
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 

@@ -149,6 +149,7 @@ def make_run(make_model: Callable[..., Path]) -> Callable[..., Path]:
                 "kind": "run",
                 "fingerprint": fingerprint(identity),
                 "identity": identity,
+                "config": {"view": [f"runs/views/{view}"]},
                 "summary": {"seconds": 12.0, "rows": 200, "evaluated_on": "held-out rows of the view"},
                 "content": {
                     "role": role,

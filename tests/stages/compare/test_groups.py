@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kd.pipeline.errors import RefusedError
-from kd.stages.compare.groups import baselines, make_groups, plain_soft_targets, read_run
+from kd.stages.compare.groups import baselines, make_groups, plain_soft_targets, read_run, told_apart_by_view
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row(make_run, tmp_path) -> None:
@@ -43,6 +43,16 @@ def test_a_baseline_has_the_same_student_start_and_budget(make_run, tmp_path) ->
     assert baselines(distilled, [short, other, distilled]) == ([], [short])
     from_nothing = group_of("from-nothing", init="random", steps=100)
     assert baselines(from_nothing, [*everything, from_nothing]) == ([floor], [floor])
+
+
+def test_rows_that_only_their_text_tells_apart_are_named_by_it(make_run, tmp_path) -> None:
+    made = [
+        make_run(tmp_path / "one", view="v1"),
+        make_run(tmp_path / "four", view="v4"),
+        make_run(tmp_path / "pkd", view="v4", method="pkd"),
+    ]
+    groups = make_groups([read_run(run) for run in made])
+    assert [told_apart_by_view(group, groups) for group in groups] == ["v1", "v4", None]
 
 
 def test_plain_soft_targets_are_those_of_the_same_student_start_text_and_steps(make_run, tmp_path) -> None:
