@@ -9,7 +9,8 @@ stays done when the run is killed:
 - `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus; `pieces.arrow`: of those that a masked LM
   has in several pieces; `mlm-<chunk>.arrow`: of every place;
 - `recombine.arrow`: the texts of either side of all pairs;
-- `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata.
+- `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata;
+  `back-translate-<chunk>.arrow`: the same of variants that a model wrote (`generated.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,9 @@ from .rules import Changed, RuleAugmenter, Rules, Variants
 from .tagger import load_tagger
 from .words import split_words
 
+if TYPE_CHECKING:
+    from .generated import Generation
+
 ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
 PIECES = "pieces.arrow"
@@ -49,7 +53,7 @@ RECOMBINE = "recombine.arrow"
 KEY_COLUMN = "text_key"
 WORDS_PER_BATCH = 1 << 17
 """Words of variants made at once: what is worked on stays in the caches of the processor."""
-_COUNTS = b"kd.counts"
+COUNTS = b"kd.counts"
 _LETTERS = ("a", "b")
 
 
@@ -72,6 +76,7 @@ class Plan:
         keep_all_masked: whether variants of nothing but mask tokens are kept.
         keep_all_changed: whether variants of single texts that keep no word are kept.
         keep_edits: whether a variant says at which words it was changed.
+        generations: what models write besides.
     """
 
     folder: Path
@@ -88,6 +93,7 @@ class Plan:
     keep_all_masked: bool
     keep_all_changed: bool = True
     keep_edits: bool = False
+    generations: tuple[Generation, ...] = ()
 
     @property
     def num_chunks(self) -> int:
@@ -95,8 +101,13 @@ class Plan:
         return -(-self.num_rows // self.rows_per_chunk)
 
     def file(self, kind: str, chunk: int) -> Path:
-        """The file of a chunk: kind is "words", "counts", "mlm" or "variants"."""
+        """The file of a chunk: kind is "words", "counts", "mlm", "variants" or an operator that has a model write."""
         return self.folder / f"{kind}-{chunk:06d}.arrow"
+
+    def files_of_variants(self) -> list[tuple[int, Path]]:
+        """Chunk and file of all variants, in the order in which they stand in the corpus."""
+        kinds = [*(["variants"] if self.num_variants else []), *(entry.operator for entry in self.generations)]
+        return [(chunk, self.file(kind, chunk)) for kind in kinds for chunk in range(self.num_chunks)]
 
     def missing(self, kind: str) -> list[int]:
         """Chunks that are still to be done."""
@@ -166,7 +177,7 @@ def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
 
 def read_counts(table: pa.Table) -> Counter[str]:
     """The counts that came with a chunk of variants."""
-    return Counter(json.loads(table.schema.metadata[_COUNTS]))
+    return Counter(json.loads(table.schema.metadata[COUNTS]))
 
 
 # Pass 1 ----------------------------------------------------------------------------------------------------------
@@ -273,7 +284,7 @@ class VariantJob:
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
         table, counts = variants_of(self.plan, shard, advance=advance)
-        return shard, table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
+        return shard, table.replace_schema_metadata({COUNTS: json.dumps(dict(sorted(counts.items())))})
 
     def finish(self, computed: tuple[int, pa.Table]) -> int:
         chunk, table = computed
@@ -353,7 +364,7 @@ class _Made:
         self._originals = originals.combine_chunks()
         self._lengths = [text.lengths for text in texts]
         self._vocabulary = vocabulary
-        self._forbidden = _forbidden(plan)
+        self._forbidden = forbidden_of(plan)
         self._texts = [originals[f"text_{letter}"].combine_chunks() for letter in plan.letters()]
         self._folded = [pa.array(map(joined, column.to_pylist()), pa.string()) for column in self._texts]
         self._tables: list[pa.Table] = []
@@ -410,29 +421,8 @@ class _Made:
 
     def table(self) -> pa.Table:
         """The variants as rows of a corpus, in the order in which they were added, with their text keys."""
-        plan = self._plan
         made = pa.concat_tables(self._tables, promote_options="permissive").combine_chunks()
-        number = len(made)
-        parents = self._originals.take(made["row"])
-        texts_b = made["text_b"].to_pylist()
-        columns = {
-            # No two variants that are kept have the same text, nor that of an original: none is a duplicate.
-            "example_id": pa.array(map(example_id, made["text_a"].to_pylist(), texts_b), pa.binary(16)),
-            "parent_id": parents["example_id"],
-            "has_gold": pa.repeat(pa.scalar(False), number),
-            "aug_version": pa.repeat(pa.scalar(AUG_VERSION), number),
-            "aug_config_hash": pa.repeat(pa.scalar(plan.rules.config_hash, pa.binary(8)), number),
-            "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
-            **{name: parents[name] for name in ("task", "split", "source")},
-        }
-        wanted = schema(plan.task, edits=plan.keep_edits)
-        arrays = []
-        for field in wanted:
-            if field.name in made.column_names:
-                arrays.append(made[field.name].cast(field.type))
-            else:
-                arrays.append(columns.get(field.name, pa.nulls(number, field.type)).cast(field.type))
-        return pa.Table.from_arrays(arrays, schema=wanted).append_column(KEY_COLUMN, made[KEY_COLUMN])
+        return corpus_rows(self._plan, self._originals, made, self._plan.rules.config_hash)
 
     def _worth_keeping(self, variants: Variants) -> npt.NDArray[np.bool_]:
         """Which variants say something that their originals do not; counts the others by reason."""
@@ -451,6 +441,37 @@ class _Made:
             self.counts[f"dropped_{reason}"] += int((keep & named).sum())
             keep &= ~named
         return keep
+
+
+def corpus_rows(plan: Plan, originals: pa.Table, made: pa.Table, config_hash: bytes) -> pa.Table:
+    """Variants in the schema of a corpus, with their text keys.
+
+    Args:
+        plan: of the corpus.
+        originals: what they were made from.
+        made: `row` (of `originals`), their texts and word counts, `aug_op`, `aug_iter`, `aug_side` and text key.
+        config_hash: 8 bytes, of what made them.
+    """
+    number = len(made)
+    parents = originals.take(made["row"])
+    columns = {
+        # No two variants that are kept have the same text, nor that of an original: none is a duplicate.
+        "example_id": pa.array(map(example_id, made["text_a"].to_pylist(), made["text_b"].to_pylist()), pa.binary(16)),
+        "parent_id": parents["example_id"],
+        "has_gold": pa.repeat(pa.scalar(False), number),
+        "aug_version": pa.repeat(pa.scalar(AUG_VERSION), number),
+        "aug_config_hash": pa.repeat(pa.scalar(config_hash, pa.binary(8)), number),
+        "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
+        **{name: parents[name] for name in ("task", "split", "source")},
+    }
+    wanted = schema(plan.task, edits=plan.keep_edits)
+    arrays = []
+    for field in wanted:
+        if field.name in made.column_names:
+            arrays.append(made[field.name].cast(field.type))
+        else:
+            arrays.append(columns.get(field.name, pa.nulls(number, field.type)).cast(field.type))
+    return pa.Table.from_arrays(arrays, schema=wanted).append_column(KEY_COLUMN, made[KEY_COLUMN])
 
 
 def _texts(side: Changed, originals: pa.Array, strings: pa.Array, kept: npt.NDArray[np.int64]) -> pa.Array:
@@ -492,5 +513,5 @@ def _operator_names(bits: npt.NDArray[np.uint16]) -> pa.Array:
 
 
 @lru_cache(maxsize=1)
-def _forbidden(plan: Plan) -> npt.NDArray[np.bytes_]:
+def forbidden_of(plan: Plan) -> npt.NDArray[np.bytes_]:
     return np.frombuffer((plan.folder / FORBIDDEN).read_bytes(), dtype="S16")

@@ -30,7 +30,8 @@ WORD_PATTERN = "|".join(
     )
 )
 
-_find_words = regex.compile(WORD_PATTERN).findall
+_words = regex.compile(WORD_PATTERN)
+_find_words = _words.findall
 
 
 def split_words(text: str) -> list[str]:
@@ -40,3 +41,12 @@ def split_words(text: str) -> list[str]:
     ['I', "don't", 'know', ',', 'really', '?']
     """
     return _find_words(text)  # type: ignore[no-any-return]
+
+
+def word_ends(text: str) -> list[int]:
+    """Where each of the words of `text` ends.
+
+    >>> word_ends("Well, yes")
+    [4, 5, 9]
+    """
+    return [found.end() for found in _words.finditer(text)]
