@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,21 +16,36 @@ from ...pipeline.executor import ShardJob, check_execution, cluster_option, map_
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Progress, Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
-from ..corpus.source import TASKS
-from .operators import DEFAULTS, FOLDERS, LISTED, OPERATORS, PAIRED, PRESETS, PROBABILITIES, TAGGED, WORD_OPERATORS
+from .operators import (
+    DEFAULTS,
+    FAULTS,
+    FOLDERS,
+    GENERATORS,
+    LISTED,
+    MODEL_KINDS,
+    OPERATORS,
+    PAIRED,
+    PRESETS,
+    PROBABILITIES,
+    TAGGED,
+    WORD_OPERATORS,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from ..corpus import Corpus, CorpusInfo
+    from ..corpus import Corpus
     from .generate import Plan
+    from .generated import Generation
     from .pools import Pools
     from .report import Report
     from .rules import Rules
 
 WORK_FOLDER = "work"
 VARIANTS_PER_CHUNK = 1 << 15
+GENERATED_PER_CHUNK = 256
+"""Of variants that a model writes: they take long, and what is not finished when a run is killed is written again."""
 _SOURCE = "Source"
 _LABELS = "Labels"
 _OPERATORS = "Operators"
@@ -51,18 +66,14 @@ class Augment(Stage):
     on_interrupt: ClassVar[str] = "finished chunks are kept; the same command goes on from there"
 
     dataset: str = option(help="Dataset D[:split]: a file, a dataset folder or a hub id.", panel=_SOURCE)
-    text_column: str = option(
-        help="Column of the text, of the first text of a pair, or of lists of words.", panel=_SOURCE
-    )
+    text_column: str = option(help="Column of the text, or of the first text of a pair.", panel=_SOURCE)
     text_pair_column: str | None = option(None, help="Column of the second text of a pair.", panel=_SOURCE)
-    label_column: str | None = option(
-        None, help="Column of the gold label; of lists of tags beside lists of words.", panel=_SOURCE
-    )
+    label_column: str | None = option(None, help="Column of the gold label.", panel=_SOURCE)
     task: str | None = option(
         None,
         help="What the label is, where its column does not say.",
         panel=_SOURCE,
-        choices=TASKS,
+        choices=("single-label", "multi-label", "regression"),
     )
     transfer_dataset: tuple[str, ...] = option((), help="Further text D[:split], joined without labels.", panel=_SOURCE)
     transfer_text_column: str | None = option(
@@ -83,8 +94,8 @@ class Augment(Stage):
 
     operators: tuple[str, ...] = option(
         (),
-        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram; for pairs exchange and "
-        "recombine; for named entities mention. mask,pos,ngram or what the preset says. none only imports.",
+        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram, for pairs exchange and "
+        "recombine, back-translate and lm; mask,pos,ngram or what the preset says. none only imports.",
         panel=_OPERATORS,
     )
     num_variants: int | None = option(
@@ -126,14 +137,46 @@ class Augment(Stage):
         "0.1.",
         panel=_OPERATORS,
     )
-    mention_probability: float | None = option(
-        None, help="mention: a named entity becomes another of its type; 0.5.", panel=_OPERATORS
-    )
     wordnet: str | None = option(None, help="synonym: folder of the files of WordNet 3.", panel=_OPERATORS)
     word_table: str | None = option(
-        None, help="neighbour: checkpoint whose word table is taken, such as the teacher.", panel=_OPERATORS
+        None,
+        help="neighbour: checkpoint whose word table is taken, such as the teacher.",
+        panel=_OPERATORS,
+        metavar="PATH|ID",
     )
-    masked_lm: str | None = option(None, help="mlm: checkpoint of a masked language model.", panel=_OPERATORS)
+    masked_lm: str | None = option(
+        None, help="mlm: checkpoint of a masked language model.", panel=_OPERATORS, metavar="PATH|ID"
+    )
+    translation_model: str | None = option(
+        None,
+        help="back-translate: translation model from the text's language into another.",
+        panel=_OPERATORS,
+        metavar="PATH|ID",
+    )
+    back_translation_model: str | None = option(
+        None, help="back-translate: translation model of the way back.", panel=_OPERATORS, metavar="PATH|ID"
+    )
+    translation_prefix: str = option(
+        "", help="back-translate: what --translation-model wants before a text.", panel=_OPERATORS
+    )
+    back_translation_prefix: str = option(
+        "", help="back-translate: what --back-translation-model wants before a text.", panel=_OPERATORS
+    )
+    language_model: str | None = option(
+        None, help="lm: language model that goes on from a text's first words.", panel=_OPERATORS, metavar="PATH|ID"
+    )
+    pair_separator: str = option(
+        " <sep> ", help="lm: what stood between the texts of a pair when the model was trained.", panel=_OPERATORS
+    )
+    num_generated: int = option(
+        1, help="back-translate, lm: variants of each original, beside --num-variants of the others.", panel=_OPERATORS
+    )
+    sampling_temperature: float = option(
+        1.0, help="back-translate after its first variant, lm: temperature of sampling.", panel=_OPERATORS
+    )
+    sampling_top_k: int = option(
+        40, help="back-translate, lm: tokens that are sampled from; 0 for all.", panel=_OPERATORS
+    )
     num_candidates: int | None = option(
         None, help="neighbour, mlm: words that a word is replaced from; 15.", panel=_OPERATORS
     )
@@ -204,10 +247,15 @@ class Augment(Stage):
             )
         if not 0 <= values["num_variants"] < 1 << 15:
             raise UsageError(f"--num-variants is {values['num_variants']}; expected a number from 0 to 32767")
-        if values["num_candidates"] < 1:
-            raise UsageError(f"--num-candidates is {values['num_candidates']}; expected 1 or more")
         if not any(values[name] for name in OPERATORS):
             values["num_variants"] = 0
+        if any(name in chosen for name in GENERATORS):
+            values |= self._generation_settings(chosen)
+            total = values["num_variants"] + sum(values.get(name, 0) for name in GENERATORS)
+            if total >= 1 << 15:
+                raise UsageError(f"{total} variants of each original are asked for; at most 32767 can be numbered")
+        if values["num_candidates"] < 1:
+            raise UsageError(f"--num-candidates is {values['num_candidates']}; expected 1 or more")
         if self.transfer_ratio is not None and not (self.transfer_dataset and 0 <= self.transfer_ratio < float("inf")):
             raise UsageError(
                 f"--transfer-ratio is {self.transfer_ratio}; expected 0 or more, and --transfer-dataset",
@@ -221,8 +269,9 @@ class Augment(Stage):
         """The operators that act; their files are there if they need any."""
         names = self.operators or default
         for name in names:
-            if name not in (*OPERATORS, "none"):
-                raise UsageError(f"operator {name!r} does not exist{near_match(name, (*OPERATORS, 'none'))}")
+            if name not in (*OPERATORS, *GENERATORS, "none"):
+                names_known = (*OPERATORS, *GENERATORS, "none")
+                raise UsageError(f"operator {name!r} does not exist{near_match(name, names_known)}")
         if "none" in names:
             if len(names) > 1:
                 raise UsageError(f"operators {','.join(names)}: 'none' stands alone")
@@ -230,7 +279,7 @@ class Augment(Stage):
         for name in PAIRED:
             if name in names and self.text_pair_column is None:
                 raise UsageError(f"operator {name!r} needs pairs of texts", fix="give --text-pair-column")
-        for name, option_name in FOLDERS.items():
+        for option_name, name in FOLDERS.items():
             flag = f"--{option_name.replace('_', '-')}"
             folder = getattr(self, option_name)
             if name in names and folder is None:
@@ -241,9 +290,34 @@ class Augment(Stage):
                 )
         return names
 
+    def _generation_settings(self, chosen: tuple[str, ...]) -> dict[str, Any]:
+        """The settings of the operators that have a model write."""
+        if not any(name in chosen for name in OPERATORS) and self.num_variants is not None:
+            raise UsageError(
+                f"--num-variants counts variants of rules, and --operators are {','.join(chosen)}",
+                fix=f"give --num-generated {self.num_variants}",
+            )
+        if self.num_generated < 0:
+            raise UsageError(f"--num-generated is {self.num_generated}; expected 0 or more")
+        if not 0 < self.sampling_temperature < float("inf"):
+            raise UsageError(f"--sampling-temperature is {self.sampling_temperature}; expected a number above 0")
+        if "lm" in chosen and not self.pair_separator.strip():
+            raise UsageError("--pair-separator is empty; expected characters that stand between the texts of a pair")
+        if self.sampling_top_k < 0:
+            raise UsageError(f"--sampling-top-k is {self.sampling_top_k}; expected 0 or more")
+        names = ("sampling_temperature", "sampling_top_k")
+        generated = {name: self.num_generated for name in GENERATORS if name in chosen}
+        return {**generated, **{name: getattr(self, name) for name in names}}
+
     def _uses(self, name: str) -> bool:
         """Whether an operator acts."""
+        if name in GENERATORS:
+            return bool(self.resolved.get(name, 0) > 0)
         return bool(self.resolved["num_variants"] > 0 and self.resolved[name] > 0)
+
+    @property
+    def _makes_variants(self) -> bool:
+        return self.resolved["num_variants"] > 0 or any(map(self._uses, GENERATORS))
 
     @cached_property
     def tagger_identity(self) -> dict[str, str] | None:
@@ -256,7 +330,7 @@ class Augment(Stage):
         """The fields that change the result, presets resolved; what an unused operator is set to does not count."""
         config = super().identity_config()
         resolved = self.resolved
-        unused = ["preset", "operators", "tagger", "language", *FOLDERS.values()]
+        unused = ["preset", "operators", "tagger", "language", *FOLDERS]
         config.update({name: resolved[name] for name in ("num_variants", "pair_sides", "num_candidates")})
         for name in OPERATORS:
             config[f"{name}_probability"] = resolved[name]
@@ -265,12 +339,20 @@ class Augment(Stage):
         if resolved["drop_all_changed"] and self.text_pair_column is None:
             config["drop_all_changed"] = True
         if not resolved["num_variants"]:
-            unused += ["keep_all_masked", "seed", "drop_all_changed", "keep_edits"]
+            unused += ["keep_all_masked", "drop_all_changed"]
         if not self.keep_edits:  # corpora are older than the option
             unused.append("keep_edits")
+        if not self._makes_variants:
+            unused += ["seed", "keep_edits"]
+        if not self._uses("back-translate"):
+            unused += ["translation_prefix", "back_translation_prefix"]
+        if not self._uses("lm") or self.text_pair_column is None:
+            unused.append("pair_separator")
+        if not any(map(self._uses, GENERATORS)):
+            unused += ["num_generated", "sampling_temperature", "sampling_top_k"]
         if not self._uses("mask"):
             unused += ["mask_token", "keep_all_masked"]
-        if not resolved["num_variants"] or self.text_pair_column is None:
+        if not (resolved["num_variants"] or self._uses("back-translate")) or self.text_pair_column is None:
             unused.append("pair_sides")
         if not any(map(self._uses, LISTED)):
             unused.append("num_candidates")
@@ -301,8 +383,14 @@ class Augment(Stage):
         from ..corpus.labels import hide_labels
 
         corpus = load_corpus(self._source)
-        if self._uses("mention"):
-            _require_bio(corpus, self.dataset)
+        writes = next(filter(self._uses, GENERATORS), None)
+        if corpus.info.task == "token" and writes is not None:
+            raise RefusedError(
+                f"operator {writes!r} writes other words than those of {self.dataset}, which have a tag each",
+                fix=f"leave {writes} out of --operators",
+            )
+        if corpus.info.task == "token":
+            raise RefusedError(f"{self.dataset} holds lists of words: token tasks are not augmented yet")
         return hide_labels(
             corpus,
             labels_per_class=self.labels_per_class,
@@ -315,7 +403,6 @@ class Augment(Stage):
         """The rows of the dataset and the transfer text."""
         from ..corpus.corpus import join_unlabelled, load_corpus
         from .dedup import text_keys
-        from .words import splitter
 
         transfer = [
             load_corpus(
@@ -331,7 +418,7 @@ class Augment(Stage):
         return join_unlabelled(
             self._labelled,
             transfer,
-            keys_of=partial(text_keys, split=splitter(self._labelled.info.task)),
+            keys_of=text_keys,
             forbidden=self._excluded[0],
             most=most,
             seed=self.transfer_seed,
@@ -343,7 +430,6 @@ class Augment(Stage):
         from ..corpus.corpus import load_corpus
         from ..corpus.files import evaluation_splits
         from .dedup import forbidden_keys
-        from .words import splitter
 
         used = {self.dataset, *self.transfer_dataset}
         automatic = [split for split in evaluation_splits(*self._source.located()) if split not in used]
@@ -366,39 +452,67 @@ class Augment(Stage):
                 record["not_checked"] = error.what
                 continue
             record["rows"] = len(corpus)
-            keys |= forbidden_keys(*corpus.texts(), splitter(corpus.info.task))
+            keys |= forbidden_keys(*corpus.texts())
         return keys, records
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the rows, of the texts to avoid and of the tagger; reads and checks all of them."""
         check_execution(self.workers, self.cluster)
-        num_variants, tagger = self.resolved["num_variants"], self.tagger_identity
+        tagger = self.tagger_identity
+        self._check_models()
         found = {"dataset": self._labelled.fingerprint}
         if self.transfer_dataset:
             found["transfer_dataset"] = self._originals.fingerprint
         keys, _ = self._excluded
         found["exclude_dataset"] = blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
-        if num_variants:
+        if self._makes_variants:
             from .draws import AUG_VERSION
             from .words import WORDS_VERSION
 
             found["aug_version"] = f"{AUG_VERSION}, words {WORDS_VERSION}"
         if tagger is not None:
             found["tagger"] = fingerprint(tagger)
-        return found | self.folder_digests
+        return found | self.folder_digests | self._model_digests
+
+    @cached_property
+    def _folders(self) -> dict[str, str]:
+        """The local folders that operators need, by option name."""
+        from .checkpoint import checkpoint_folder
+
+        given = {name: getattr(self, name) for name, operator in FOLDERS.items() if self._uses(operator)}
+        return {
+            option_name: source if option_name == "wordnet" else str(checkpoint_folder(source))
+            for option_name, source in given.items()
+        }
 
     @cached_property
     def folder_digests(self) -> dict[str, str]:
-        """Hashes of the files that operators need, by option name."""
+        """Hashes of the files that operators read words from, by option name."""
+        return self._digests_of([name for name in FOLDERS if name not in MODEL_KINDS])
+
+    @cached_property
+    def _model_digests(self) -> dict[str, str]:
+        """Hashes of the models that write, by option name."""
+        return self._digests_of(MODEL_KINDS)
+
+    def _digests_of(self, option_names: Iterable[str]) -> dict[str, str]:
         from .checkpoint import checkpoint_digest
         from .synonym import wordnet_digest
 
         digests = {}
-        for name, option_name in FOLDERS.items():
-            if self._uses(name):
-                digest = wordnet_digest if name == "synonym" else checkpoint_digest
-                digests[option_name] = digest(getattr(self, option_name))
+        for option_name in option_names:
+            if self._uses(FOLDERS[option_name]):
+                digest = wordnet_digest if option_name == "wordnet" else checkpoint_digest
+                digests[option_name] = digest(self._folders[option_name])
         return digests
+
+    def _check_models(self) -> None:
+        """Refuse models that cannot write what they are for."""
+        for option_name, kind in MODEL_KINDS.items():
+            if self._uses(FOLDERS[option_name]):
+                from .generator import check_generator
+
+                check_generator(self._folders[option_name], kind)
 
     # Work --------------------------------------------------------------------------------------------------------
 
@@ -410,25 +524,15 @@ class Augment(Stage):
         from ...pipeline.artifact import atomic_write_bytes
         from ..corpus.corpus import sorted_by_id, write_tables
         from .draws import AUG_VERSION
-        from .generate import (
-            FORBIDDEN,
-            ORIGINALS,
-            VariantJob,
-            mentions_of,
-            pools_of,
-            read_arrow,
-            texts_of,
-            with_keys,
-            write_arrow,
-        )
+        from .generate import FORBIDDEN, ORIGINALS, VariantJob, pools_of, read_arrow, texts_of, with_keys, write_arrow
+        from .generated import GenerateJob, given_rows, model_record, write_given
         from .recombine import texts_digest
         from .report import REPORT, Report
         from .words import WORDS_VERSION
 
         self._say_what_is_not_checked(context.progress)
         forbidden, excluded = self._excluded
-        info = self._originals.info
-        originals, keys = with_keys(sorted_by_id(self._originals.table), info.task)
+        originals, keys = with_keys(sorted_by_id(self._originals.table))
         leaks = np.array([key in forbidden for key in keys])
         if leaks.all():
             raise RefusedError(
@@ -444,15 +548,20 @@ class Augment(Stage):
         originals = read_arrow(work / ORIGINALS)
 
         plan = None
-        if self.resolved["num_variants"]:
+        if self._makes_variants:
             digest = fingerprint([self.inputs(), self.resolved["num_candidates"]])
-            plan = self.plan(work.resolve(), len(originals), info=info, digest=digest)
+            task, generations = self._originals.info.task, self._generations
+            plan = self.plan(work.resolve(), len(originals), task=task, digest=digest, generations=generations)
         made: Counter[str] = Counter()
         kept: list[np.ndarray] = []
         if plan is not None:
             atomic_write_bytes(work / FORBIDDEN, b"".join(sorted(forbidden)))
-            self.prepare(plan, context.progress)
-            self._map(plan, "making variants", "variants", VariantJob(plan), context.progress)
+            if plan.num_variants:
+                self.prepare(plan, context.progress)
+                self._map(plan, "making variants", "variants", VariantJob(plan), context.progress)
+            for generation in plan.generations:
+                title = f"asking the models of {generation.operator}"
+                self._map(plan, title, generation.operator, GenerateJob(plan, generation), context.progress)
             made, kept = _compared(plan, np.array(keys, dtype="S16")[~leaks])
         has_gold = originals["has_gold"].combine_chunks().true_count
         num_variants = sum(int(keep.sum()) for keep in kept)
@@ -466,20 +575,20 @@ class Augment(Stage):
             "leaks_dropped": int(leaks.sum()),
         }
         if plan is not None:
-            summary |= _figures(made)
+            summary |= _figures(made, plan)
         report = Report()
         content = write_tables(
             _all_rows(originals, plan, kept, report),
             folder,
-            info=info,
+            info=self._originals.info,
             num_rows=_rows_per_split(originals, plan, kept),
             counts=summary,
         )
         content["excluded"] = excluded
         if plan is not None:
-            summary["rows_by_operator"] = {name: report.rows[name] for name in OPERATORS if report.rows[name]}
+            names = (*OPERATORS, *GENERATORS)
+            summary["rows_by_operator"] = {name: report.rows[name] for name in names if report.rows[name]}
             (folder / REPORT).write_text(report.text(summary), encoding="utf-8")
-            pools = pools_of(plan)
             content["augmentation"] = {
                 "aug_version": AUG_VERSION,
                 "words_version": WORDS_VERSION,
@@ -487,27 +596,17 @@ class Augment(Stage):
                 "settings": {**self.resolved, "mask_token": self.rules.mask_token},
                 "seed": self.seed,
                 "tagger": self.tagger_identity,
-                "pools": {
-                    "digest": pools.digest,
-                    "tags": len(np.unique(pools.tags)),
-                    "words": len(pools.words),
-                    "tags_with_one_word": int((np.unique(pools.tags, return_counts=True)[1] == 1).sum()),
-                    "expected_identical_rate": round(pools.identical_rate(), 6),
-                },
+                **({"pools": _pools_record(pools_of(plan))} if plan.num_variants else {}),
                 **({"files": self.folder_digests} if self.folder_digests else {}),
             }
             if self.keep_edits:
                 content["augmentation"]["edit_operators"] = [*OPERATORS]
-            if (mentions := mentions_of(plan)) is not None:
-                content["augmentation"]["mentions"] = {
-                    "digest": mentions.pools.digest,
-                    "types": len(np.unique(mentions.pools.tags)),
-                    "mentions": len(mentions.pools.words),
-                    "expected_identical_rate": round(mentions.pools.identical_rate(), 6),
-                }
             if texts := texts_of(plan):
                 sizes = [len(side.texts) for side in texts]
                 content["augmentation"]["recombine"] = {"digest": texts_digest(texts), "texts": sizes}
+            if plan.generations:
+                content["augmentation"]["generated"] = model_record(plan, made)
+                write_given(given_rows(plan, kept), folder)
         shutil.rmtree(work)
         return StageResult(summary=summary, content=content)
 
@@ -521,14 +620,17 @@ class Augment(Stage):
                 '(pip install "kd-pipeline[offline]"; --tagger heuristic takes it without this warning)'
             )
 
-    def plan(self, work: Path, num_rows: int, *, info: CorpusInfo, digest: str) -> Plan:
+    def plan(
+        self, work: Path, num_rows: int, *, task: str, digest: str, generations: tuple[Generation, ...] = ()
+    ) -> Plan:
         """What to generate.
 
         Args:
             work: the working folder.
             num_rows: originals.
-            info: of the corpus.
+            task: of the corpus.
             digest: of all that decides over the files in the folder.
+            generations: what models write besides.
         """
         from .generate import Plan
 
@@ -536,17 +638,56 @@ class Augment(Stage):
             folder=work,
             digest=digest,
             num_rows=num_rows,
-            rows_per_chunk=max(1, VARIANTS_PER_CHUNK // self.resolved["num_variants"]),
-            info=info,
+            rows_per_chunk=self._rows_per_chunk,
+            task=task,
             tagger=self.tagger_identity["name"] if self.tagger_identity else None,
             language=self.language,
+            is_pair=self.text_pair_column is not None,
             rules=self.rules,
             num_variants=self.resolved["num_variants"],
             seed=self.seed,
             keep_all_masked=self.keep_all_masked,
             keep_all_changed=not self.resolved["drop_all_changed"],
             keep_edits=self.keep_edits,
+            generations=generations,
         )
+
+    @property
+    def _rows_per_chunk(self) -> int:
+        """Originals per chunk."""
+        sizes = [VARIANTS_PER_CHUNK // self.resolved["num_variants"]] if self.resolved["num_variants"] else []
+        sizes += [GENERATED_PER_CHUNK // self.resolved[name] for name in GENERATORS if self._uses(name)]
+        return max(1, int(min(sizes)))
+
+    @property
+    def _generations(self) -> tuple[Generation, ...]:
+        """What models write, one entry per operator."""
+        from .generated import Generation
+
+        is_pair = self.text_pair_column is not None
+        settings: dict[str, dict[str, Any]] = {
+            "back-translate": {
+                "prefixes": (self.translation_prefix, self.back_translation_prefix),
+                "pair_sides": self.resolved["pair_sides"] if is_pair else "",
+            },
+            "lm": {"separator": self.pair_separator if is_pair else ""},
+        }
+        found, first = [], self.resolved["num_variants"]
+        for name in filter(self._uses, GENERATORS):
+            options = [option_name for option_name in MODEL_KINDS if FOLDERS[option_name] == name]
+            found.append(
+                Generation(
+                    operator=name,
+                    models=tuple((self._folders[o], self._model_digests[o]) for o in options),
+                    num_variants=self.resolved[name],
+                    first=first,
+                    temperature=self.sampling_temperature,
+                    top_k=self.sampling_top_k,
+                    **settings[name],
+                )
+            )
+            first += self.resolved[name]
+        return tuple(found)
 
     @property
     def rules(self) -> Rules:
@@ -623,51 +764,31 @@ class Augment(Stage):
         if self._uses("mlm"):
             from .mlm import MlmJob
 
-            assert self.masked_lm is not None
-            job = MlmJob(plan, str(Path(self.masked_lm).resolve()), self.resolved["num_candidates"])
+            job = MlmJob(plan, self._folders["masked_lm"], self.resolved["num_candidates"])
             self._map(plan, "asking the masked LM", "mlm", job, progress, chunks)
 
     def _synonyms(self, plan: Plan, pools: Pools) -> list[list[str]]:
         from .synonym import synonym_lists
         from .tagger import load_tagger
 
-        assert self.wordnet is not None and plan.tagger is not None
+        assert plan.tagger is not None
         names = load_tagger(plan.tagger, plan.language).names
-        return synonym_lists(pools.words, [names[tag] for tag in pools.tags.tolist()], self.wordnet)
+        return synonym_lists(pools.words, [names[tag] for tag in pools.tags.tolist()], self._folders["wordnet"])
 
     def _neighbours(self, plan: Plan, pools: Pools) -> list[list[str]]:
         from .checkpoint import load_word_table
         from .neighbour import neighbour_lists
 
-        assert self.word_table is not None
-        return neighbour_lists(pools.words, *load_word_table(self.word_table), self.resolved["num_candidates"])
+        table = load_word_table(self._folders["word_table"])
+        return neighbour_lists(pools.words, *table, self.resolved["num_candidates"])
 
     def _neighbours_of_pieces(self, plan: Plan, pools: Pools) -> list[list[str]]:
         """Of the words that the masked LM has in several pieces."""
         from .checkpoint import load_word_table
         from .neighbour import neighbour_lists
 
-        assert self.masked_lm is not None
-        table_VH, tokenizer = load_word_table(self.masked_lm)
+        table_VH, tokenizer = load_word_table(self._folders["masked_lm"])
         return neighbour_lists(pools.words, table_VH, tokenizer, self.resolved["num_candidates"], least_pieces=2)
-
-
-def _require_bio(corpus: Corpus, dataset: str) -> None:
-    """Refuse rows that `mention` can do nothing with."""
-    from ..entities import BioTags
-
-    bio = BioTags.of(corpus.info.label_names) if corpus.info.task == "token" else None
-    if bio is None or (bio.begin < 0).any():
-        names = corpus.info.label_names
-        raise RefusedError(
-            f"operator 'mention' needs words with BIO tags, and {dataset} has none",
-            details=[
-                f"task: {corpus.info.task!r}",
-                f"labels: {', '.join(names[:8]) or '(none)'}{', ...' if len(names) > 8 else ''}",
-                "expected: O, and B-X and I-X for every type X",
-            ],
-            fix="leave mention out of --operators, or give --label-column the column of such tags",
-        )
 
 
 def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list[np.ndarray]]:
@@ -679,8 +800,8 @@ def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list
 
     counts: Counter[str] = Counter()
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for chunk in range(plan.num_chunks):
-        table = read_arrow(plan.file("variants", chunk))
+    for _, file in plan.files_of_variants():
+        table = read_arrow(file)
         counts += read_counts(table)
         iterations = table["aug_iter"].to_numpy()
         columns.append((fixed_bytes(table[KEY_COLUMN]), fixed_bytes(table["parent_id"]), iterations))
@@ -692,21 +813,31 @@ def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list
     return counts, np.split(~(same | duplicate), ends[:-1])
 
 
-def _figures(made: Counter[str]) -> dict[str, Any]:
+def _figures(made: Counter[str], plan: Plan) -> dict[str, Any]:
     """The counts of the operators for the summary."""
-    reasons = ("unchanged", "empty", "all_masked", "all_changed", "leak", "same_as_original", "duplicate")
+    reasons = ["unchanged", "empty", "all_masked", "all_changed", "leak", "same_as_original", "duplicate"]
     words = {name: {"words": made[name], "stayed": made[f"{name}_identical"]} for name in WORD_OPERATORS if made[name]}
-    mention = {"mentions": made["mention"], "stayed": made["mention_identical"]} if made["mention"] else None
+    texts = {name: {"texts": made[name]} for name in ("ngram", *PAIRED, *GENERATORS) if made[name]}
+    for generation in plan.generations:
+        reasons += [f"{generation.operator}_{fault}" for fault in FAULTS[generation.operator]]
     return {
         "variants_made": made["made"],
         "variants_dropped": {reason: made[f"dropped_{reason}"] for reason in reasons},
         "words_seen": made["words"],
         "texts_seen": made["sides"],
-        "changes": {
-            **words,
-            **{name: {"texts": made[name]} for name in ("ngram", *PAIRED) if made[name]},
-            **({} if mention is None else {"mention": mention}),
-        },
+        "changes": {**words, **texts},
+    }
+
+
+def _pools_record(pools: Pools) -> dict[str, Any]:
+    import numpy as np
+
+    return {
+        "digest": pools.digest,
+        "tags": len(np.unique(pools.tags)),
+        "words": len(pools.words),
+        "tags_with_one_word": int((np.unique(pools.tags, return_counts=True)[1] == 1).sum()),
+        "expected_identical_rate": round(pools.identical_rate(), 6),
     }
 
 
@@ -715,16 +846,16 @@ def _all_rows(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray], re
     import pyarrow as pa
 
     from ..corpus.schema import EDITS_FIELD
-    from .generate import KEY_COLUMN, read_arrow
+    from .generate import read_arrow
 
     if plan is not None and plan.keep_edits:
         originals = originals.append_column(EDITS_FIELD, pa.nulls(len(originals), EDITS_FIELD.type))
     yield originals
     if plan is not None:
-        for chunk, keep in enumerate(kept):
-            table = read_arrow(plan.file("variants", chunk)).filter(pa.array(keep))
+        for (chunk, file), keep in zip(plan.files_of_variants(), kept, strict=True):
+            table = read_arrow(file).filter(pa.array(keep))
             report.see(table, plan.originals(chunk))
-            yield table.drop_columns(KEY_COLUMN).replace_schema_metadata(None)
+            yield table.select(originals.column_names).replace_schema_metadata(None)
 
 
 def _rows_per_split(originals: pa.Table, plan: Plan | None, kept: list[np.ndarray]) -> dict[str, int]:
@@ -734,7 +865,7 @@ def _rows_per_split(originals: pa.Table, plan: Plan | None, kept: list[np.ndarra
 
     columns = [originals["split"]]
     if plan is not None:
-        files = [plan.file("variants", chunk) for chunk in range(plan.num_chunks)]
+        files = [file for _, file in plan.files_of_variants()]
         columns += [read_arrow(file)["split"].filter(pa.array(keep)) for file, keep in zip(files, kept, strict=True)]
     counts: Counter[str] = Counter()
     for column in columns:

@@ -11,7 +11,34 @@ import xxhash
 
 from ...pipeline.errors import RefusedError
 
-_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
+_SUFFIXES = (".json", ".txt", ".model", ".spm", ".safetensors", ".bin")
+
+
+def checkpoint_folder(source: str) -> Path:
+    """The local folder of a checkpoint, by path or hub id; a hub checkpoint is fetched where it is not there.
+
+    Raises:
+        RefusedError: there is no such folder, and the hub has no such checkpoint or cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise RefusedError(f"{source} is no checkpoint: there is no such folder", fix="give the folder of a checkpoint")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [f"*{suffix}" for suffix in _SUFFIXES if suffix != ".bin"]
+        folder = Path(snapshot_download(source, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, allow_patterns=["*.bin"])
+    except (OSError, ValueError) as error:
+        raise RefusedError(
+            f"{source} is no checkpoint: there is no such folder, and no such checkpoint on the hub",
+            details=[(str(error).splitlines() or [""])[0][:200]],
+            fix="give the folder of a checkpoint that transformers opens",
+        ) from error
+    return folder
 
 
 def checkpoint_digest(folder: str | Path) -> str:
@@ -42,10 +69,25 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RefusedError(
-            f"the tokenizer of {folder} cannot be opened", details=[(str(error).splitlines() or [""])[0][:200]]
-        ) from error
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        files = [*Path(folder).iterdir()] if Path(folder).is_dir() else []
+        if not any(file.name.startswith(("tokenizer", "vocab")) or file.suffix in (".spm", ".model") for file in files):
+            raise RefusedError(f"there is no tokenizer in {folder}", fix="put the model's tokenizer there") from error
+        said = [line.strip()[:200] for line in str(error).splitlines() if line.strip()][:1]
+        if isinstance(error, ImportError):
+            raise RefusedError(
+                f"the tokenizer of {folder} needs a package that is not installed",
+                details=said,
+                fix="pip install sentencepiece, where it is a SentencePiece model without a tokenizer.json",
+            ) from error
+        raise RefusedError(f"the tokenizer of {folder} cannot be opened", details=said) from error
+
+
+def most_positions(tokenizer: Any, config: Any) -> int:
+    """The tokens that a model takes at once; `1 << 20` where neither it nor its tokenizer sets a limit."""
+    from ..cache_teacher.teacher import max_positions
+
+    return min(1 << 20, int(tokenizer.model_max_length), max_positions(config) or 1 << 20)
 
 
 def load_word_table(folder: str | Path) -> tuple[npt.NDArray[np.float32], Any]:

@@ -9,8 +9,8 @@ stays done when the run is killed:
 - `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus; `pieces.arrow`: of those that a masked LM
   has in several pieces; `mlm-<chunk>.arrow`: of every place;
 - `recombine.arrow`: the texts of either side of all pairs;
-- `mentions-<chunk>.arrow`: how often each named entity is marked in the chunk;
-- `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata.
+- `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata;
+  `back-translate-<chunk>.arrow`: the same of variants that a model wrote (`generated.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import compress, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,20 +31,20 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from ...pipeline.ragged import Ragged
-from ..corpus.corpus import Corpus
-from ..corpus.schema import EDITS_FIELD, CorpusInfo, example_id, normalised, schema
-from ..entities import BioTags
+from ..corpus.schema import EDITS_FIELD, example_id, normalised, schema
 from .candidates import from_column
 from .dedup import joined, text_key
 from .draws import AUG_VERSION
-from .mention import Mentions, ReplaceMentions, Spans, count_mentions
 from .operators import OPERATORS
 from .pairs import SIDES
 from .pools import Pools
 from .recombine import Recombine, Texts, read_texts
-from .rules import Changed, RuleAugmenter, Rules, Tagged, Variants
+from .rules import Changed, RuleAugmenter, Rules, Variants
 from .tagger import load_tagger
-from .words import splitter
+from .words import split_words
+
+if TYPE_CHECKING:
+    from .generated import Generation
 
 ORIGINALS = "originals.arrow"
 FORBIDDEN = "forbidden.bin"
@@ -54,7 +53,7 @@ RECOMBINE = "recombine.arrow"
 KEY_COLUMN = "text_key"
 WORDS_PER_BATCH = 1 << 17
 """Words of variants made at once: what is worked on stays in the caches of the processor."""
-_COUNTS = b"kd.counts"
+COUNTS = b"kd.counts"
 _LETTERS = ("a", "b")
 
 
@@ -67,7 +66,8 @@ class Plan:
         digest: hash of the originals, the forbidden keys and the tagger; names what may be remembered of them.
         num_rows: rows of `originals.arrow`.
         rows_per_chunk: originals per chunk.
-        info: what the rows of the corpus mean, which fixes its schema.
+        task: task of the corpus, which fixes its schema.
+        is_pair: whether a row is two texts.
         tagger: name of the tagger; None when no operator needs tags.
         language: of the text, for the tagger.
         rules: what the operators do.
@@ -76,13 +76,15 @@ class Plan:
         keep_all_masked: whether variants of nothing but mask tokens are kept.
         keep_all_changed: whether variants of single texts that keep no word are kept.
         keep_edits: whether a variant says at which words it was changed.
+        generations: what models write besides.
     """
 
     folder: Path
     digest: str
     num_rows: int
     rows_per_chunk: int
-    info: CorpusInfo
+    task: str
+    is_pair: bool
     tagger: str | None
     language: str
     rules: Rules
@@ -91,16 +93,7 @@ class Plan:
     keep_all_masked: bool
     keep_all_changed: bool = True
     keep_edits: bool = False
-
-    @property
-    def task(self) -> str:
-        """Task of the corpus."""
-        return self.info.task
-
-    @property
-    def is_pair(self) -> bool:
-        """Whether a row is two texts."""
-        return self.info.is_pair
+    generations: tuple[Generation, ...] = ()
 
     @property
     def num_chunks(self) -> int:
@@ -108,8 +101,13 @@ class Plan:
         return -(-self.num_rows // self.rows_per_chunk)
 
     def file(self, kind: str, chunk: int) -> Path:
-        """The file of a chunk: kind is "words", "counts", "mentions", "mlm" or "variants"."""
+        """The file of a chunk: kind is "words", "counts", "mlm", "variants" or an operator that has a model write."""
         return self.folder / f"{kind}-{chunk:06d}.arrow"
+
+    def files_of_variants(self) -> list[tuple[int, Path]]:
+        """Chunk and file of all variants, in the order in which they stand in the corpus."""
+        kinds = [*(["variants"] if self.num_variants else []), *(entry.operator for entry in self.generations)]
+        return [(chunk, self.file(kind, chunk)) for kind in kinds for chunk in range(self.num_chunks)]
 
     def missing(self, kind: str) -> list[int]:
         """Chunks that are still to be done."""
@@ -123,10 +121,6 @@ class Plan:
         """The originals of a chunk."""
         start = chunk * self.rows_per_chunk
         return read_arrow(self.folder / ORIGINALS).slice(start, self.rows_per_chunk)
-
-    def tagged(self, chunk: int) -> Tagged:
-        """The tags of a chunk of a token task."""
-        return Tagged(Corpus(self.originals(chunk), self.info).tags()[0], BioTags.of(self.info.label_names))
 
     def letters(self) -> tuple[str, ...]:
         """The sides of a row."""
@@ -160,9 +154,8 @@ def read_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def with_keys(originals: pa.Table, task: str) -> tuple[pa.Table, list[bytes]]:
+def with_keys(originals: pa.Table) -> tuple[pa.Table, list[bytes]]:
     """The table with its word counts filled in, and the text key of every row."""
-    split_words = splitter(task)
     keys, lengths_a, lengths_b = [], [], []
     for text_a, text_b in zip(originals["text_a"].to_pylist(), originals["text_b"].to_pylist(), strict=True):
         words_a = split_words(text_a)
@@ -184,7 +177,7 @@ def fixed_bytes(column: pa.ChunkedArray) -> np.ndarray:
 
 def read_counts(table: pa.Table) -> Counter[str]:
     """The counts that came with a chunk of variants."""
-    return Counter(json.loads(table.schema.metadata[_COUNTS]))
+    return Counter(json.loads(table.schema.metadata[COUNTS]))
 
 
 # Pass 1 ----------------------------------------------------------------------------------------------------------
@@ -196,76 +189,47 @@ class WordsJob:
 
     plan: Plan
 
-    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, dict[str, pa.Table]]:
+    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table, pa.Table]:
         plan = self.plan
         tag = load_tagger(plan.tagger, plan.language).tag if plan.tagger is not None else None
-        rows, split = plan.originals(shard), splitter(plan.task)
-        # Named entities are known words and never drawn in the place of another.
-        drawn = iter((~plan.tagged(shard).in_mention).tolist()) if plan.task == "token" else repeat(True)
+        rows = plan.originals(shard)
         counts: Counter[tuple[int, str]] = Counter()
         number: dict[tuple[int, str], int] = {}
         columns: dict[str, list[list[int]]] = {}
         for letter in plan.letters():
             column = columns[letter] = []
             for text in rows[f"text_{letter}"].to_pylist():
-                words = split(text)
+                words = split_words(text)
                 pairs = [*zip([0] * len(words) if tag is None else tag(words), words, strict=True)]
-                counts.update(compress(pairs, drawn))
+                counts.update(pairs)
                 column.append([number.setdefault(pair, len(number)) for pair in pairs])
                 if letter == "a":
                     advance(1)
-        tables = {"counts": _as_table({pair: counts[pair] for pair in number})}
-        if plan.rules.mention:
-            tagged = plan.tagged(shard)
-            assert tagged.bio is not None
-            texts = map(split, rows["text_a"].to_pylist())
-            tables["mentions"] = _as_table(count_mentions(tagged.tags, texts, tagged.bio))
-        # The last to be written says that a chunk is done.
-        tables["words"] = pa.table({name: pa.array(c, pa.list_(pa.int32())) for name, c in columns.items()})
-        return shard, tables
+        table = pa.table(
+            {
+                "tag": pa.array([tag for tag, _ in number], pa.int16()),
+                "word": pa.array([word for _, word in number], pa.string()),
+                "count": pa.array([counts[pair] for pair in number], pa.int64()),
+            }
+        )
+        return shard, pa.table({name: pa.array(c, pa.list_(pa.int32())) for name, c in columns.items()}), table
 
-    def finish(self, computed: tuple[int, dict[str, pa.Table]]) -> int:
-        chunk, tables = computed
-        for kind, table in tables.items():
-            write_arrow(table, self.plan.file(kind, chunk))
+    def finish(self, computed: tuple[int, pa.Table, pa.Table]) -> int:
+        chunk, words, counts = computed
+        write_arrow(counts, self.plan.file("counts", chunk))
+        write_arrow(words, self.plan.file("words", chunk))
         return chunk
-
-
-def _as_table(counts: Mapping[tuple[int, str], int]) -> pa.Table:
-    return pa.table(
-        {
-            "tag": pa.array([tag for tag, _ in counts], pa.int16()),
-            "word": pa.array([word for _, word in counts], pa.string()),
-            "count": pa.array([*counts.values()], pa.int64()),
-        }
-    )
-
-
-def _all_counts(plan: Plan, kind: str) -> Counter[tuple[int, str]]:
-    """The counts of all chunks together, as `_as_table` wrote them."""
-    counts: Counter[tuple[int, str]] = Counter()
-    for chunk in range(plan.num_chunks):
-        table = read_arrow(plan.file(kind, chunk))
-        pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
-        counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
-    return counts
 
 
 @lru_cache(maxsize=1)
 def pools_of(plan: Plan) -> Pools:
     """The pools of all originals; every chunk must have its words."""
-    return Pools.of(_all_counts(plan, "counts"))
-
-
-@lru_cache(maxsize=1)
-def mentions_of(plan: Plan) -> Mentions | None:
-    """The mentions of all originals; None where `mention` does nothing."""
-    if not plan.rules.mention:
-        return None
-    numbers: dict[str, int] = {}
-    for number, word in enumerate(pools_of(plan).words):
-        numbers.setdefault(word, number)
-    return Mentions.of(_all_counts(plan, "mentions"), numbers)
+    counts: Counter[tuple[int, str]] = Counter()
+    for chunk in range(plan.num_chunks):
+        table = read_arrow(plan.file("counts", chunk))
+        pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
+        counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
+    return Pools.of(counts)
 
 
 # Pass 2 ----------------------------------------------------------------------------------------------------------
@@ -320,7 +284,7 @@ class VariantJob:
 
     def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table]:
         table, counts = variants_of(self.plan, shard, advance=advance)
-        return shard, table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
+        return shard, table.replace_schema_metadata({COUNTS: json.dumps(dict(sorted(counts.items())))})
 
     def finish(self, computed: tuple[int, pa.Table]) -> int:
         chunk, table = computed
@@ -347,7 +311,6 @@ def variants_of(
             found, words = from_column(table.filter(pc.equal(table["side"], letter)), len(vocabulary.words))
             places.append(found)
             vocabulary = vocabulary.extended(words)
-    tagged = plan.tagged(chunk) if plan.task == "token" else None
     augmenter = RuleAugmenter(
         plan.rules,
         pools,
@@ -356,8 +319,6 @@ def variants_of(
         candidates=vocabulary.candidates,
         places=places,
         recombine=_recombine(plan, rows),
-        tagged=tagged,
-        mentions=_replace_mentions(plan, texts[0], tagged),
         keep_edits=plan.keep_edits,
     )
     made = _Made(plan, rows, texts, vocabulary)
@@ -366,17 +327,6 @@ def variants_of(
         made.add(augmenter.variants(ids, texts, plan.num_variants, of=batch))
         advance(len(batch))
     return made.table(), made.counts + augmenter.counts
-
-
-def _replace_mentions(plan: Plan, texts: Ragged, tagged: Tagged | None) -> ReplaceMentions | None:
-    mentions = mentions_of(plan)
-    if mentions is None:
-        return None
-    assert tagged is not None and tagged.bio is not None
-    words = pools_of(plan).words
-    spelled = ([words[number] for number in row] for row in texts)
-    spans = Spans.of(tagged.tags, spelled, tagged.bio, mentions.pools)
-    return ReplaceMentions(plan.rules.mention, mentions, spans)
 
 
 def texts_of(plan: Plan) -> tuple[Texts, ...]:
@@ -414,12 +364,9 @@ class _Made:
         self._originals = originals.combine_chunks()
         self._lengths = [text.lengths for text in texts]
         self._vocabulary = vocabulary
-        self._forbidden = _forbidden(plan)
+        self._forbidden = forbidden_of(plan)
         self._texts = [originals[f"text_{letter}"].combine_chunks() for letter in plan.letters()]
-        split = splitter(plan.task)
-        self._folded = [
-            pa.array([joined(text, split=split) for text in column.to_pylist()], pa.string()) for column in self._texts
-        ]
+        self._folded = [pa.array(map(joined, column.to_pylist()), pa.string()) for column in self._texts]
         self._tables: list[pa.Table] = []
 
     def add(self, variants: Variants) -> None:
@@ -474,29 +421,8 @@ class _Made:
 
     def table(self) -> pa.Table:
         """The variants as rows of a corpus, in the order in which they were added, with their text keys."""
-        plan = self._plan
         made = pa.concat_tables(self._tables, promote_options="permissive").combine_chunks()
-        number = len(made)
-        parents = self._originals.take(made["row"])
-        texts_b = made["text_b"].to_pylist()
-        columns = {
-            # No two variants that are kept have the same text, nor that of an original: none is a duplicate.
-            "example_id": pa.array(map(example_id, made["text_a"].to_pylist(), texts_b), pa.binary(16)),
-            "parent_id": parents["example_id"],
-            "has_gold": pa.repeat(pa.scalar(False), number),
-            "aug_version": pa.repeat(pa.scalar(AUG_VERSION), number),
-            "aug_config_hash": pa.repeat(pa.scalar(plan.rules.config_hash, pa.binary(8)), number),
-            "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
-            **{name: parents[name] for name in ("task", "split", "source")},
-        }
-        wanted = schema(plan.task, edits=plan.keep_edits)
-        arrays = []
-        for field in wanted:
-            if field.name in made.column_names:
-                arrays.append(made[field.name].cast(field.type))
-            else:
-                arrays.append(columns.get(field.name, pa.nulls(number, field.type)).cast(field.type))
-        return pa.Table.from_arrays(arrays, schema=wanted).append_column(KEY_COLUMN, made[KEY_COLUMN])
+        return corpus_rows(self._plan, self._originals, made, self._plan.rules.config_hash)
 
     def _worth_keeping(self, variants: Variants) -> npt.NDArray[np.bool_]:
         """Which variants say something that their originals do not; counts the others by reason."""
@@ -515,6 +441,37 @@ class _Made:
             self.counts[f"dropped_{reason}"] += int((keep & named).sum())
             keep &= ~named
         return keep
+
+
+def corpus_rows(plan: Plan, originals: pa.Table, made: pa.Table, config_hash: bytes) -> pa.Table:
+    """Variants in the schema of a corpus, with their text keys.
+
+    Args:
+        plan: of the corpus.
+        originals: what they were made from.
+        made: `row` (of `originals`), their texts and word counts, `aug_op`, `aug_iter`, `aug_side` and text key.
+        config_hash: 8 bytes, of what made them.
+    """
+    number = len(made)
+    parents = originals.take(made["row"])
+    columns = {
+        # No two variants that are kept have the same text, nor that of an original: none is a duplicate.
+        "example_id": pa.array(map(example_id, made["text_a"].to_pylist(), made["text_b"].to_pylist()), pa.binary(16)),
+        "parent_id": parents["example_id"],
+        "has_gold": pa.repeat(pa.scalar(False), number),
+        "aug_version": pa.repeat(pa.scalar(AUG_VERSION), number),
+        "aug_config_hash": pa.repeat(pa.scalar(config_hash, pa.binary(8)), number),
+        "seed": pa.repeat(pa.scalar(plan.seed, pa.int64()), number),
+        **{name: parents[name] for name in ("task", "split", "source")},
+    }
+    wanted = schema(plan.task, edits=plan.keep_edits)
+    arrays = []
+    for field in wanted:
+        if field.name in made.column_names:
+            arrays.append(made[field.name].cast(field.type))
+        else:
+            arrays.append(columns.get(field.name, pa.nulls(number, field.type)).cast(field.type))
+    return pa.Table.from_arrays(arrays, schema=wanted).append_column(KEY_COLUMN, made[KEY_COLUMN])
 
 
 def _texts(side: Changed, originals: pa.Array, strings: pa.Array, kept: npt.NDArray[np.int64]) -> pa.Array:
@@ -556,5 +513,5 @@ def _operator_names(bits: npt.NDArray[np.uint16]) -> pa.Array:
 
 
 @lru_cache(maxsize=1)
-def _forbidden(plan: Plan) -> npt.NDArray[np.bytes_]:
+def forbidden_of(plan: Plan) -> npt.NDArray[np.bytes_]:
     return np.frombuffer((plan.folder / FORBIDDEN).read_bytes(), dtype="S16")

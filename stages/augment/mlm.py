@@ -24,9 +24,10 @@ import torch
 
 from ...pipeline.errors import RefusedError
 from .candidates import cased_like, is_content_word
-from .checkpoint import load_tokenizer
+from .checkpoint import load_tokenizer, most_positions
 from .generate import PIECES, Plan, pools_of, read_arrow, write_arrow
-from .neighbour import whole_words
+from .threads import one_thread
+from .vocabulary import whole_words, word_pieces
 
 BATCH_TOKENS = 4096
 """Tokens of a batch, padding included. Part of the format: it decides which sentences share a batch."""
@@ -72,11 +73,12 @@ class MaskedLM:
             raise RefusedError(
                 f"{folder} is no masked language model", details=[(str(error).splitlines() or [""])[0][:200]]
             ) from error
-        if loading["missing_keys"] or self.tokenizer.mask_token_id is None:
+        lacking = [f"no {name} token" for name in ("mask", "cls", "sep", "pad") if self._special(name) is None]
+        if loading["missing_keys"] or lacking:
             missing = sorted(loading["missing_keys"])
             raise RefusedError(
                 f"{folder} is no masked language model",
-                details=[f"weights that are not there: {', '.join(missing[:3])}" if missing else "no mask token"],
+                details=[f"weights that are not there: {', '.join(missing[:3])}" if missing else ", ".join(lacking)],
                 fix="give a checkpoint with a masked-LM head, such as bert-base-uncased",
             )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,21 +87,22 @@ class MaskedLM:
         known = whole_words(self.tokenizer)
         self._names = [*known.values()]
         self._known = torch.tensor([*known], device=self._device)
-        self._row_of = {piece: row for row, piece in enumerate(known)}
-        self._marked = any(piece.startswith("Ġ") for piece in self.tokenizer.get_vocab())
+        spellings: dict[str, list[int]] = {}
+        for row, name in enumerate(self._names):
+            spellings.setdefault(name.lower(), []).append(row)
+        self._own_rows = {piece: spellings[name.lower()] for piece, name in known.items()}
         self._pieces: dict[str, list[int]] = {}
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS,
-        )
-        self._most_tokens = min(MOST_TOKENS, *limits)
+        self._most_tokens = min(MOST_TOKENS, most_positions(self.tokenizer, model.config))
+
+    def _special(self, name: str) -> int | None:
+        found: int | None = getattr(self.tokenizer, f"{name}_token_id")
+        return found
 
     def pieces(self, word: str) -> list[int]:
         """The token ids of a word within a text."""
         found = self._pieces.get(word)
         if found is None:
-            text = f" {word}" if self._marked else word
-            found = self._pieces[word] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            found = self._pieces[word] = word_pieces(self.tokenizer, [word])[0]
         return found
 
     def blanks(self, words: Sequence[str], first_place: int) -> Iterator[Blank]:
@@ -123,7 +126,7 @@ class MaskedLM:
     ) -> dict[int, list[str]]:
         """The candidates of every blank by its place, in the order of the vocabulary; never the word itself."""
         lists: dict[int, list[str]] = {}
-        with torch.inference_mode(), _one_thread(self._device), self._only_masked() as masked_at:
+        with torch.inference_mode(), one_thread(self._device), self._only_masked() as masked_at:
             for batch in _batches(blanks):
                 for blank, words in zip(batch, self._fill(batch, masked_at), strict=True):
                     lists[blank.place] = words
@@ -146,10 +149,13 @@ class MaskedLM:
         logits_B1V = self._model(**{name: tensor.to(self._device) for name, tensor in inputs.items()}).logits
         scores_BK = logits_B1V[:, 0].index_select(1, self._known)
         for row, blank in enumerate(batch):
-            if blank.piece in self._row_of:
-                scores_BK[row, self._row_of[blank.piece]] = -torch.inf
-        best_BM = scores_BK.topk(min(self._num_candidates, len(self._names) - 1), dim=1).indices.sort(dim=1).values
-        return [[self._names[number] for number in row] for row in best_BM.tolist()]
+            # In whatever capitals: a vocabulary may have both "film" and "Film".
+            scores_BK[row, self._own_rows.get(blank.piece, [])] = -torch.inf
+        scores_BM, best_BM = scores_BK.topk(min(self._num_candidates, len(self._names)), dim=1)
+        return [
+            [self._names[number] for number, score in sorted(zip(best, scores, strict=True)) if score > -torch.inf]
+            for best, scores in zip(best_BM.tolist(), scores_BM.tolist(), strict=True)
+        ]
 
     @contextmanager
     def _only_masked(self) -> Iterator[list[torch.Tensor]]:
@@ -179,17 +185,6 @@ def _batches(blanks: Sequence[Blank]) -> Iterator[list[Blank]]:
         batch.append(blank)
     if batch:
         yield batch
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=1)
@@ -222,7 +217,7 @@ class MlmJob:
         advance(len(sides[0]))
         numbers = np.concatenate([side.values for side in sides]).tolist()
         lists = [
-            [cased_like(other, words[number]) for other in found[place]]
+            [*dict.fromkeys(cased_like(other, words[number]) for other in found[place])]
             if place in found
             else neighbours[number].as_py()
             for place, number in enumerate(numbers)

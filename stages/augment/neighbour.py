@@ -13,27 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .candidates import cased_like, is_content_word
+from .vocabulary import whole_words, word_pieces
 
 BLOCK = 512
 """Words compared with the vocabulary at once: memory is BLOCK times the vocabulary, whatever the corpus holds."""
-_MARKS = "Ġ▁"
-"""How tokenizers mark a piece that begins a word."""
-
-
-def whole_words(tokenizer: Any) -> dict[int, str]:
-    """The pieces of a vocabulary that are words by themselves, letters only, by id.
-
-    Where the tokenizer marks the pieces that begin a word (RoBERTa, SentencePiece) those are words, else those that do
-    not continue one (`##`). What splits into other pieces once it stands alone is none.
-    """
-    pieces = tokenizer.get_vocab()
-    marked = any(piece[:1] in _MARKS and len(piece) > 1 for piece in pieces)
-    found = {
-        number: piece[1:] if marked else piece
-        for piece, number in sorted(pieces.items(), key=lambda item: item[1])
-        if (piece[:1] in _MARKS) == marked and (piece[1:] if marked else piece).isalpha()
-    }
-    return {number: word for number, word in found.items() if len(word) > 1}
 
 
 def neighbour_lists(
@@ -62,7 +45,7 @@ def neighbour_lists(
         return lists
     names = [*known.values()]
     known_KH = _unit(table_VH[np.array([*known])])
-    pieces = tokenizer([words[number] for number in asked], add_special_tokens=False)["input_ids"]
+    pieces = word_pieces(tokenizer, [words[number] for number in asked])
     for start in range(0, len(asked), BLOCK):
         block = range(start, min(start + BLOCK, len(asked)))
         mean_BH = np.stack(

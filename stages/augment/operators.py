@@ -6,18 +6,32 @@ from typing import Any
 
 WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "mlm", "delete", "swap")
 """Operators that share the draw of a word: their probabilities sum to at most 1."""
-REPLACING = ("pos", "synonym", "neighbour", "mlm")
-"""Word operators that put another word in a word's place; they leave named entities alone."""
-OPERATORS = (*WORD_OPERATORS, "ngram", "exchange", "recombine", "mention")
-"""All of them, in the order in which provenance names them."""
+OPERATORS = (*WORD_OPERATORS, "ngram", "exchange", "recombine")
+"""Those that rules carry out, in the order in which provenance names them."""
 PAIRED = ("exchange", "recombine")
 """Operators that need pairs of texts."""
 TAGGED = ("pos", "synonym")
 """Operators that need parts of speech."""
 LISTED = ("neighbour", "mlm")
 """Operators that take the nearest so many candidates."""
-FOLDERS = {"synonym": "wordnet", "neighbour": "word_table", "mlm": "masked_lm"}
-"""Operators that need files, and the option that names them."""
+GENERATORS = ("back-translate", "lm")
+"""Operators that have a model write variants of their own, beside those that the others make."""
+FAULTS = {
+    "back-translate": ("unchanged", "empty", "too_long", "no_end", "length", "script"),
+    "lm": ("unchanged", "empty", "too_long", "no_separator"),
+}
+"""Why a text that a model wrote is left out."""
+FOLDERS = {
+    "wordnet": "synonym",
+    "word_table": "neighbour",
+    "masked_lm": "mlm",
+    "translation_model": "back-translate",
+    "back_translation_model": "back-translate",
+    "language_model": "lm",
+}
+"""Options that name files, and the operator that needs them."""
+MODEL_KINDS = {"translation_model": "seq2seq", "back_translation_model": "seq2seq", "language_model": "causal"}
+"""Options that name a model that writes text, and what it must be."""
 
 PROBABILITIES = {
     "mask": 0.1,
@@ -30,7 +44,6 @@ PROBABILITIES = {
     "ngram": 0.25,
     "exchange": 0.5,
     "recombine": 0.1,
-    "mention": 0.5,
 }
 """Of an operator that is asked for without one: as Tang et al. (2019), Wei and Zou (2019) and TinyBERT have them."""
 

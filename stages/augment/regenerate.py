@@ -19,6 +19,7 @@ from ..corpus import open_corpus
 from .augment import Augment
 from .draws import AUG_VERSION
 from .generate import FORBIDDEN, ORIGINALS, pools_of, variants_of, write_arrow
+from .operators import GENERATORS
 from .words import WORDS_VERSION
 
 
@@ -30,7 +31,7 @@ def regenerate(
     word_table: str | None = None,
     masked_lm: str | None = None,
 ) -> list[tuple[str, str | None]]:
-    """The texts of some variants, without a look at those that the corpus holds.
+    """The texts of some variants that rules made, without a look at those that the corpus holds.
 
     Takes about as long as splitting all originals into words; of a corpus made with a masked LM, that is asked again
     about the originals of these variants and those beside them.
@@ -42,8 +43,8 @@ def regenerate(
             content must be the same.
 
     Raises:
-        RefusedError: an id is not of a variant of this corpus, or the corpus was made by another version of kd, another
-            tagger or other files.
+        RefusedError: an id is not of a variant of this corpus, or of one that a model wrote, or the corpus was made by
+            another version of kd, another tagger or other files.
     """
     artifact, corpus = open_artifact(path, kind="corpus"), open_corpus(path)
     is_original = corpus.table["parent_id"].is_null()
@@ -53,15 +54,21 @@ def regenerate(
         raise RefusedError(f"corpus {path} has no variants with these ids", details=strangers[:5])
     if not example_ids:
         return []
+    taken = variants.take(pa.array([place[key] for key in example_ids]))
+    if written := {*taken["aug_op"].cast("string").to_pylist()} & {*GENERATORS}:
+        raise RefusedError(
+            f"a model wrote these variants of corpus {path} ({', '.join(sorted(written))})",
+            fix="run the command that made the corpus again, on the kind of device that its manifest names",
+        )
     folders = {"wordnet": wordnet, "word_table": word_table, "masked_lm": masked_lm}
     stage = _stage(artifact.manifest, {name: folder for name, folder in folders.items() if folder is not None})
-    chosen = variants.take(pa.array([place[key] for key in example_ids])).select(["parent_id", "aug_iter"]).to_pylist()
+    chosen = taken.select(["parent_id", "aug_iter"]).to_pylist()
     row_of = {key: row for row, key in enumerate(originals["example_id"].to_pylist())}
     with tempfile.TemporaryDirectory(prefix="kd-regenerate-") as folder:
         work = Path(folder)
         write_arrow(originals, work / ORIGINALS)
         (work / FORBIDDEN).touch()
-        plan = stage.plan(work, len(originals), info=corpus.info, digest=artifact.fingerprint)
+        plan = stage.plan(work, len(originals), task=corpus.info.task, digest=artifact.fingerprint)
         rows = np.unique([row_of[variant["parent_id"]] for variant in chosen])
         stage.prepare(plan, NullProgress(), {*(rows // plan.rows_per_chunk).tolist()})
         _require_same("words", artifact.content["augmentation"]["pools"]["digest"], pools_of(plan).digest)

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .operators import OPERATORS
+from .operators import GENERATORS, OPERATORS
 
 REPORT = "report.md"
+_ALL = (*OPERATORS, *GENERATORS)
 EXAMPLES = 3
 """Variants shown per operator."""
 
@@ -27,8 +28,8 @@ class Report:
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
         # By operator: variants that it alone changed, and variants that others changed too.
-        self._alone: dict[str, list[tuple[str, str]]] = {name: [] for name in OPERATORS}
-        self._mixed: dict[str, list[tuple[str, str]]] = {name: [] for name in OPERATORS}
+        self._alone: dict[str, list[tuple[str, str]]] = {name: [] for name in _ALL}
+        self._mixed: dict[str, list[tuple[str, str]]] = {name: [] for name in _ALL}
 
     def see(self, variants: pa.Table, originals: pa.Table) -> None:
         """Take the variants that stay of some originals."""
@@ -59,12 +60,12 @@ class Report:
             "|---|---:|---:|---:|",
         ]
         for name, change in summary["changes"].items():
-            places = next(change[unit] for unit in ("words", "texts", "mentions") if unit in change)
+            places = change.get("words", change.get("texts", 0))
             lines.append(f"| {name} | {self.rows[name]:,} | {places:,} | {change.get('stayed', 0):,} |")
         lines += ["", "A row that two operators changed counts for both.", "", "| left out | rows |", "|---|---:|"]
         lines += [f"| {name} | {count:,} |" for name, count in summary["variants_dropped"].items()]
         lines += [f"| original: {name} | {summary[name]:,} |" for name in ("empty_dropped", "leaks_dropped")]
-        for name in OPERATORS:
+        for name in _ALL:
             shown = [*self._alone[name], *self._mixed[name]][:EXAMPLES]
             if shown:
                 lines += ["", f"## {name}", "", "| original | variant |", "|---|---|"]

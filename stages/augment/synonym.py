@@ -22,7 +22,7 @@ def wordnet_digest(folder: str | Path) -> str:
     """32 hex: hash of the files that are read.
 
     Raises:
-        RefusedError: the folder is not one of WordNet.
+        RefusedError: the folder is not one of WordNet, or a line of an index is not as wndb(5WN) has it.
     """
     digest = blake2b(digest_size=16)
     for name in _FILES.values():
@@ -35,7 +35,16 @@ def wordnet_digest(folder: str | Path) -> str:
                     fix="give --wordnet the folder `dict` of WordNet 3 (Debian: wordnet-base, /usr/share/wordnet)",
                 )
             digest.update(file.read_bytes())
+        if not [*_synsets(Path(folder) / f"index.{name}")]:
+            raise _damaged(Path(folder) / f"index.{name}", "it has no entries")
     return digest.hexdigest()
+
+
+def _damaged(file: Path, what: str) -> RefusedError:
+    return RefusedError(
+        f"{file} is no file of WordNet as it was published: {what}",
+        fix="unpack WordNet again, and copy its files as binary: places in data files are counted in bytes",
+    )
 
 
 def part_of_speech(tag: str) -> str | None:
@@ -61,9 +70,9 @@ def synonym_lists(words: Sequence[str], tags: Sequence[str], folder: str | Path)
             for word, tag in zip(words, tags, strict=True)
             if part_of_speech(tag) == letter and is_content_word(word)
         }
-        data = (Path(folder) / f"data.{name}").read_bytes()
+        data = _Data(Path(folder) / f"data.{name}")
         for lemma in wanted & index.keys():
-            others = [other for offset in index[lemma] for other in _members(data, offset)]
+            others = [other for offset in index[lemma] for other in data.members(offset)]
             others = [other for other in dict.fromkeys(others) if other.isalpha() and other.lower() != lemma]
             found[lemma, letter] = others
     return [
@@ -74,14 +83,54 @@ def synonym_lists(words: Sequence[str], tags: Sequence[str], folder: str | Path)
 
 def _synsets(file: Path) -> Iterator[tuple[str, list[int]]]:
     """Lemma and places of its synsets in the data file, most frequent sense first."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence
-            fields = line.split()
-            yield fields[0], [int(offset) for offset in fields[-int(fields[2]) :]]
+    # By line feeds alone: in a text, other characters end lines too.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip() or line.startswith(b" "):  # the licence
+            continue
+        try:
+            fields = line.decode().split()
+            count = int(fields[2])
+            places = [int(offset) for offset in fields[-count:]]
+            # lemma, part of speech, count, pointers, their symbols, senses, tagged senses, places
+            if not 0 < count <= len(fields) - 6 or min(places) < 0:
+                raise ValueError
+        except UnicodeDecodeError:
+            raise _damaged(file, f"line {number} is not UTF-8") from None
+        except (ValueError, IndexError):
+            raise _damaged(file, f"line {number} is cut off or none of an index: {_shown(line)}") from None
+        yield fields[0], places
 
 
-def _members(data: bytes, offset: int) -> Iterator[str]:
-    """The words of the synset at this place, without the marks of where an adjective may stand."""
-    fields = data[offset : data.index(b"\n", offset)].decode().split()
-    for number in range(int(fields[3], 16)):
-        yield fields[4 + 2 * number].partition("(")[0]
+class _Data:
+    """A data file: synsets by the byte at which their line begins."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._bytes = file.read_bytes()
+
+    def members(self, offset: int) -> list[str]:
+        """The words of the synset at this place, without the marks of where an adjective may stand."""
+        end = self._bytes.find(b"\n", offset)
+        line = self._bytes[offset : end if end >= 0 else None]
+        try:
+            fields = line.decode().split()
+            count = int(fields[3], 16)
+            # Its own place stands first in a line; 4 fields, 2 per word, and how many pointers follow.
+            if int(fields[0]) != offset or len(fields[0]) != 8 or not 0 < count <= (len(fields) - 5) // 2:
+                raise ValueError
+        except UnicodeDecodeError:
+            raise _damaged(self._file, f"line {self._line_of(offset)} is not UTF-8") from None
+        except (ValueError, IndexError):
+            what = f"no synset stands at byte {offset}, line {self._line_of(offset)}: {_shown(line)}"
+            if b"\r\n" in self._bytes[: offset + len(line) + 1]:
+                what += "; its lines end with CR LF"
+            raise _damaged(self._file, what) from None
+        return [fields[4 + 2 * number].partition("(")[0] for number in range(count)]
+
+    def _line_of(self, offset: int) -> int:
+        return self._bytes.count(b"\n", 0, offset) + 1
+
+
+def _shown(line: bytes) -> str:
+    """The start of a line, for messages."""
+    return repr(line[:60].decode(errors="replace"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,50 @@ def test_the_preset_tinybert_changes_content_words_alone_and_resumes(
     )
     assert augmented(texts, tmp_path / "two", **fields) == pairs
     assert not {*again} & {*done} and again
+
+
+KILLED = """
+import json, os, signal, sys
+from kd.pipeline.stage import execute
+from kd.stages.augment import Augment, augment
+
+def kill(source, target, replace=os.replace):
+    if str(target).endswith("mlm-000001.arrow"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace, augment.VARIANTS_PER_CHUNK = kill, 60
+fields = json.loads(sys.argv[1])
+execute(Augment(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}))
+"""
+"""Killed when the second chunk is written and not yet in its place."""
+
+
+def test_a_pass_of_the_masked_lm_that_is_killed_goes_on_where_it_was(
+    warm_python: str, masked_lm: Path, tmp_path: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.stages.augment import mlm
+
+    monkeypatch.setattr("kd.stages.augment.augment.VARIANTS_PER_CHUNK", 60)
+    pq.write_table(pa.table({"text": sentences[:30]}), tmp_path / "x.parquet")
+    fields: dict[str, Any] = {"preset": "tinybert", "num_variants": 6, "masked_lm": str(masked_lm), "num_candidates": 4}
+    fields |= {"dataset": str(tmp_path / "x.parquet"), "text_column": "text", "output_dir": str(tmp_path / "killed")}
+    ended = subprocess.run([warm_python, "-c", KILLED, json.dumps(fields)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "work" / "mlm-000000.arrow").exists()
+
+    compute, asked = mlm.MlmJob.compute, []
+    monkeypatch.setattr(
+        mlm.MlmJob, "compute", lambda self, shard, *args: asked.append(shard) or compute(self, shard, *args)
+    )
+    execute(Augment(**fields))
+    execute(Augment(**fields | {"output_dir": str(tmp_path / "whole")}))
+    assert asked == [1, 2, 0, 1, 2]
+    names = [file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole").rglob("*.*") if file.is_file()]
+    assert len(names) >= 4
+    for name in names:
+        if name.name != "manifest.json":
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_checkpoint_without_a_head_is_refused(tiny_teacher: Path, tmp_path: Path, sentences: list[str]) -> None:
