@@ -258,7 +258,7 @@ def _origin(name: str) -> dict[str, Any]:
     if route is None:
         return {"follows_from": None, "sidecar": None}
     sidecar = None if route.sidecar is None else route.sidecar.replace("@2", "@LAYER")
-    if kind.axis == "example" and not kind.per_layer:
+    if not kind.per_layer:
         words[2] = " of the last layer"
     sources = [f"{source.name}{words.get(source.layer, '')}" for source in route.sources]
     text = " and ".join(sources) + (f" with sidecar {sidecar}" if sidecar else "") + where

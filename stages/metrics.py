@@ -126,7 +126,7 @@ def decide(task: str, logits_NC: Array) -> Array:
     Of words the index of a tag [W], -1 where a word has no logits.
     """
     if task == "token":
-        seen_W = np.isfinite(logits_NC).all(axis=1)
+        seen_W = np.asarray(np.isfinite(logits_NC).all(axis=1))
         return np.where(seen_W, np.argmax(np.where(seen_W[:, None], logits_NC, 0.0), axis=1), -1)
     if task == "single-label":
         return np.asarray(np.argmax(logits_NC, axis=1))

@@ -20,7 +20,7 @@ from ..pipeline.artifact import read_manifest
 from ..pipeline.errors import RefusedError, near_match
 from ..pipeline.ragged import Ragged, ranges
 from ..pipeline.stage import UNFINISHED, NullProgress, Progress
-from .cache_teacher.teacher import TASK_OF_PROBLEM, max_positions, resolve_device
+from .cache_teacher.teacher import OF_TOKENS, TASK_OF_PROBLEM, max_positions, resolve_device
 from .words import encode_words
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 WITHOUT_LIMIT = 1_000_000
 """transformers writes an absurdly large `model_max_length` where a tokenizer has no limit."""
 DEFAULT_LENGTH = 512
-OF_TOKENS = "ForTokenClassification"
-"""How the names of architectures end that have logits for every token."""
 
 
 @dataclass(frozen=True)

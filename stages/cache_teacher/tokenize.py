@@ -13,6 +13,8 @@ from ...pipeline.ragged import Ragged
 from ..words import first_pieces
 
 CHUNK_ROWS = 4096
+MOST_TOKENS_OF_WORDS = (1 << 15) - 1
+"""Where words begin is kept as int16."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def encode_rows(
             f"{type(tokenizer).__name__} does not say what part of a text a token is of, and words have to meet tokens",
             fix="a checkpoint with a tokenizer.json",
         )
+    if words and max_length > MOST_TOKENS_OF_WORDS:
+        raise RefusedError(f"--max-length {max_length}: rows of words have at most {MOST_TOKENS_OF_WORDS} tokens")
     has_segments = "token_type_ids" in tokenizer.model_input_names
     pieces: list[np.ndarray] = []
     ids: list[np.ndarray] = []

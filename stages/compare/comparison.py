@@ -54,7 +54,9 @@ def compare(stage: Compare, context: StageContext) -> StageResult:
     """Do what `kd compare` does."""
     corpus = stage.read_split()
     labels = corpus.tags()[0] if corpus.info.task == "token" else corpus.labels()[0]
-    groups = make_groups([read_run(path) for path in stage.runs], search=stage.search)
+    groups = make_groups(
+        [read_run(path) for path in stage.runs], search=stage.search, search_metric=stage.search_metric
+    )
     max_length = groups[0].first.content.get("max_length")
     progress = context.progress
 

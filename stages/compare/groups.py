@@ -12,7 +12,7 @@ from ...pipeline.errors import RefusedError, near_match
 from ...pipeline.fingerprint import fingerprint
 from ..metrics import LOWER_IS_BETTER, main_metric
 
-RANDOM = "random"
+RANDOM, AGREEMENT = "random", "agreement"
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,14 @@ def read_run(path: str | Path) -> Run:
     )
 
 
-def make_groups(runs: Sequence[Run], *, search: Sequence[str] = ()) -> list[Group]:
+def make_groups(runs: Sequence[Run], *, search: Sequence[str] = (), search_metric: str | None = None) -> list[Group]:
     """Groups in the order floor, start, distilled; inside a role in the order given; a run given twice counts once.
 
     Args:
         search: options of train-student that were tried with several values. Of runs that differ in these alone, the
             values with the best mean validation score stay; the same seeds must have been run with all of them.
+        search_metric: that score. Rows whose runs have none of it, and all rows when not given, are chosen by the
+            task's main metric, or by agreement with the teacher where they have none of that either.
 
     Raises:
         RefusedError: runs of different tasks, an option that no run has, or runs that cannot be chosen among.
@@ -154,16 +156,21 @@ def make_groups(runs: Sequence[Run], *, search: Sequence[str] = ()) -> list[Grou
         if any(name not in run.config for run in runs):
             known = sorted(set.intersection(*(set(run.config) for run in runs)))
             raise RefusedError(f"--search {name}: not an option of these runs{near_match(name, known)}")
+    if search_metric is not None and all(_validated(run, search_metric) is None for run in runs):
+        measured = {name for run in runs for name in run.content.get("metrics", {})}
+        raise RefusedError(
+            f"--search-metric {search_metric}: no run has such a validation score{near_match(search_metric, measured)}"
+        )
     members: dict[str, dict[str, dict[str, Run]]] = {}
     for run in runs:
         row, point = run.key_without("seed", *search), run.key_without("seed")
         members.setdefault(row, {}).setdefault(point, {}).setdefault(run.fingerprint, run)
-    groups = [_best([*found.values()], search) for found in members.values()]
+    groups = [_best([*found.values()], search, search_metric) for found in members.values()]
     order = {"floor": 0, "start": 1, "distilled": 2}
     return sorted(groups, key=lambda group: order[group.role])
 
 
-def _best(points: Sequence[Mapping[str, Run]], search: Sequence[str]) -> Group:
+def _best(points: Sequence[Mapping[str, Run]], search: Sequence[str], search_metric: str | None) -> Group:
     """The group of the point with the best validation score; on a tie the one given first."""
     groups = [tuple(sorted(found.values(), key=lambda run: run.seed)) for found in points]
     if len(groups) == 1:
@@ -178,15 +185,15 @@ def _best(points: Sequence[Mapping[str, Run]], search: Sequence[str]) -> Group:
             ],
             fix="run every value with the same seeds",
         )
-    metric = main_metric(first.content["task"], first.content.get("label_names") or ())
-    if any(metric not in run.content.get("metrics", {}) for group in groups for run in group):
-        metric = "agreement"
-    for run in (run for group in groups for run in group):
-        if run.content.get("metrics", {}).get(metric) is None:
-            raise RefusedError(
-                f"{run.path} has no validation score, so nothing can be chosen by it",
-                fix="train it with --validation-fraction or --eval-dataset, or leave --search out",
-            )
+    members = [run for group in groups for run in group]
+    main = main_metric(first.content["task"], first.content.get("label_names") or ())
+    wanted = [*([search_metric] if search_metric else []), main, AGREEMENT]
+    metric = next((name for name in wanted if all(_validated(run, name) is not None for run in members)), None)
+    if metric is None:
+        raise RefusedError(
+            f"{first.path} and the runs beside it have no validation score in common, so nothing can be chosen by it",
+            fix="train them with --validation-fraction or --eval-dataset, or leave --search out",
+        )
     tried = [
         Tried(_point(group[0], search), metric, _mean(run.content["metrics"][metric] for run in group), len(group))
         for group in groups
@@ -194,6 +201,12 @@ def _best(points: Sequence[Mapping[str, Run]], search: Sequence[str]) -> Group:
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     order = sorted(range(len(groups)), key=lambda index: -sign * tried[index].score)
     return Group(groups[order[0]], tuple(tried[index] for index in order))
+
+
+def _validated(run: Run, metric: str) -> float | None:
+    """What a run measured on its validation rows; None where it did not."""
+    found: float | None = run.content.get("metrics", {}).get(metric)
+    return found
 
 
 def _point(run: Run, search: Sequence[str]) -> dict[str, Any]:

@@ -44,6 +44,12 @@ class Compare(Stage):
         panel=MEASURE,
         metavar="OPTION,...",
     )
+    search_metric: str | None = option(
+        None,
+        help="Validation score that chooses among these: the task's main metric by default. agreement with the teacher "
+        "counts all rows held back, where few of them have labels.",
+        panel=MEASURE,
+    )
     metric: str | None = option(None, help="What to compare by; the task's main metric by default.", panel=MEASURE)
     bootstrap_samples: int = option(2000, help="Resamples of the paired bootstrap.", panel=MEASURE)
     bootstrap_seed: int = option(0, help="Seed of the bootstrap and of the timed texts.", panel=MEASURE)
@@ -64,6 +70,8 @@ class Compare(Stage):
             raise UsageError(f"--bootstrap-samples is {self.bootstrap_samples}; expected 100 or more")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; expected 1 or more")
+        if self.search_metric is not None and not self.search:
+            raise UsageError("--search-metric chooses among the values of --search, which is not given")
         if self.latency_texts < 0:
             raise UsageError(f"--latency-texts is {self.latency_texts}; expected 0 or more")
 

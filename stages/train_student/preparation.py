@@ -26,7 +26,7 @@ from ...pipeline.store.signal import Signal
 from ...pipeline.store.view import View, open_view
 from ..cache_teacher.choice import WITHOUT_SCORES
 from ..corpus.corpus import Corpus, load_corpus
-from ..corpus.schema import CorpusInfo
+from ..corpus.schema import NO_LABEL, CorpusInfo
 from ..corpus.source import DatasetSource
 from ..masking import Masking
 from ..metrics import LOWER_IS_BETTER, check_metric, main_metric, metric_names
@@ -191,10 +191,10 @@ class Preparation:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """[N] or [N, C] over the rows of all views; of words, nothing: theirs are `tags`."""
-        if self.task.kind == "token":
-            return np.empty(0, np.int64)
-        return np.concatenate([corpus.labels()[0] for corpus in self.corpora])
+        """[N] or [N, C] over the rows of all views; of words -1, whatever they are read for: `tags` has theirs."""
+        of_words = self.corpora[0].info.task == "token"
+        none = (np.full(len(corpus), NO_LABEL, np.int64) for corpus in self.corpora)
+        return np.concatenate([*none] if of_words else [corpus.labels()[0] for corpus in self.corpora])
 
     @cached_property
     def tags(self) -> Ragged:

@@ -28,6 +28,7 @@ from ...pipeline.store.signal import Signal
 from ..cache_teacher.teacher import max_positions
 from ..cache_teacher.tokenize import encode_rows
 from ..corpus.corpus import Corpus
+from ..corpus.schema import NO_LABEL
 from ..derivation import derivation_of
 from ..metrics import agreement, task_metrics
 from ..training_options import attach_progress
@@ -210,7 +211,7 @@ def _evaluation(
         corpus = prepared.eval_corpus
         tokens, pieces = _tokenized(tokenizer, [corpus], prepared)
         words = None if pieces is None else Words(pieces, pieces, corpus.tags()[0])
-        labels = np.empty(0, np.int64) if words is not None else corpus.labels()[0]
+        labels = np.full(len(corpus), NO_LABEL) if words is not None else corpus.labels()[0]
         return Rows(tokens, labels, corpus.has_gold, rows.pad_token_id, rows.with_segments, words=words), None
     held_out = np.flatnonzero(prepared.held_out & prepared.is_original)
     if not len(held_out):
@@ -224,7 +225,7 @@ def _evaluation(
         if judged:
             logits = _at_words(stored, signal, held_out, words.teacher)
         own = Words(words.student, words.student, words.tags)
-        return Rows(tokens, rows.labels, has_gold, rows.pad_token_id, rows.with_segments, words=own), logits
+        return Rows(tokens, rows.labels[held_out], has_gold, rows.pad_token_id, rows.with_segments, words=own), logits
     if judged:
         logits = stored.gather(signal, held_out).astype(np.float32)
     return Rows(tokens, rows.labels[held_out], has_gold, rows.pad_token_id, rows.with_segments), logits

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kd.pipeline.errors import RefusedError
@@ -96,6 +98,23 @@ def test_a_search_keeps_the_value_with_the_best_mean_validation_score(make_run, 
     assert alone.tried == ()
 
 
+def test_agreement_can_choose_where_runs_have_it(make_run, tmp_path) -> None:
+    """Baselines are judged on labels alone, and go by the main metric beside it."""
+    scores = {"low": (0.99, 0.80), "high": (0.97, 0.90)}
+    runs = []
+    for index, (name, (accuracy, agreement)) in enumerate(scores.items()):
+        for role in ("distilled", "baseline"):
+            path = make_run(tmp_path / f"{role}-{name}", role=role, learning_rate=1e-3 + index, validation=accuracy)
+            run = read_run(path)
+            metrics = {**run.content["metrics"], **({"agreement": agreement} if role == "distilled" else {})}
+            runs.append(dataclasses.replace(run, content={**run.content, "metrics": metrics}))
+    baseline, distilled = make_groups(runs, search=("learning_rate",), search_metric="agreement")
+    assert [(point.metric, point.score) for point in distilled.tried] == [("agreement", 0.90), ("agreement", 0.80)]
+    assert [(point.metric, point.score) for point in baseline.tried] == [("accuracy", 0.99), ("accuracy", 0.97)]
+    with pytest.raises(RefusedError, match=r"agrement: no run has .*did you mean 'agreement'"):
+        make_groups(runs, search=("learning_rate",), search_metric="agrement")
+
+
 def test_a_search_that_cannot_be_decided_is_refused(make_run, tmp_path) -> None:
     runs = [
         read_run(make_run(tmp_path / "a", seed=1)),
@@ -108,5 +127,5 @@ def test_a_search_that_cannot_be_decided_is_refused(make_run, tmp_path) -> None:
     with pytest.raises(RefusedError, match="did you mean 'learning_rate'"):
         make_groups(runs, search=("learnin_rate",))
     unjudged = read_run(make_run(tmp_path / "d", seed=1, learning_rate=2e-3, validation=None))
-    with pytest.raises(RefusedError, match="no validation score"):
+    with pytest.raises(RefusedError, match="no validation score in common"):
         make_groups([*runs[:2], unjudged], search=("learning_rate",))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 import kd
 from kd.pipeline.errors import KdError, UsageError, VerificationError
@@ -203,6 +203,10 @@ def test_a_run_opens_and_tags_words(
     assert "token-classification" in (run / "README.md").read_text()
     assert ("agreement" in summary) == ("bilstm" in student)
 
+    if "bert" in student[:4]:
+        # What came of it is a start for others, and reads the teacher's tokens too.
+        again = stage(view, tmp_path / "again", student=str(run), method=("soft-target",), max_steps=1)
+        assert execute(again, StageContext()).summary["steps"] == 1
     loaded = kd.load_student(run)
     lists = [words for words, _ in rows[:5]]
     tags = loaded.tags(lists)
@@ -214,6 +218,39 @@ def test_a_run_opens_and_tags_words(
     np.testing.assert_allclose(loaded(lists), logits_WC, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="no list of words"):
         loaded(["a text"])
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_in_phases_resumes_bit_for_bit(
+    view: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    phases = [
+        {"name": "soft", "method": "soft-target", "max_steps": 3},
+        {"name": "gold", "method": "hard", "max_steps": 3},
+    ]
+    recipe.write_text(json.dumps({"name": "two", "phases": phases}))
+    fields = {"recipe": str(recipe), "max_steps": None, "save_steps": 2}
+    execute(stage(view, tmp_path / "whole", **fields), StageContext())
+    forward, calls = Distillation.forward, 0
+
+    def dying(self: Distillation, *args: Any, **given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Killed
+        return forward(self, *args, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "forward", dying)
+        with pytest.raises(Killed):
+            execute(stage(view, tmp_path / "killed", **fields), StageContext())
+    execute(stage(view, tmp_path / "killed", **fields), StageContext())
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
 
 
 def test_runs_are_compared_by_entities(view: Path, eval_file: str, token_teacher: Path, tmp_path: Path) -> None:
@@ -237,6 +274,19 @@ def test_runs_are_compared_by_entities(view: Path, eval_file: str, token_teacher
     assert gain["mean"] == pytest.approx(distilled["metrics"]["f1"] - baseline["metrics"]["f1"])
     assert gain["low"] <= gain["mean"] <= gain["high"]
     assert "precision" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_words_without_tags_train_an_encoder_as_other_texts_do(
+    capture: Any, rows: Any, token_teacher: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(token_teacher).save_pretrained(bare)
+    AutoTokenizer.from_pretrained(token_teacher).save_pretrained(bare)
+    states = {"teacher": str(bare), "store": str(tmp_path / "store"), "signals": "hidden.tok@1", "label_column": None}
+    untagged = capture([(words, None) for words, _ in rows[:12]], "untagged", task="token", **states)
+    fields = {"student": "bert:num_layers=1:hidden_size=32:heads=4", "method": ("fitnets:layer_map=1-1",)}
+    summary = execute(stage(untagged, tmp_path / "run", max_steps=1, **fields), StageContext()).summary
+    assert summary["rows_with_gold"] == 0 and summary["role"] == "distilled"
 
 
 @pytest.mark.parametrize(
