@@ -5,14 +5,16 @@ follows as second segment as it is, and the best pieces that are words are its c
 they are its neighbours in the model's own word table (TinyBERT: in GloVe). The lists are made once and serve all
 variants.
 
-Batches follow from the chunk alone and one thread computes them, so that lists do not depend on who makes them. A list
-is kept in the order of the vocabulary: where processors round two scores differently, only whether the last word is on
-it can change.
+Batches follow from the chunk alone and one thread computes each, beside others, so that lists do not depend on who
+makes them. A list is kept in the order of the vocabulary: where processors round two scores differently, only whether
+the last word is on it can change.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +25,8 @@ import pyarrow as pa
 import torch
 
 from ...pipeline.errors import RefusedError
+from ..cache_teacher.onednn import use_onednn
+from ..cache_teacher.runner import plan_batches
 from .candidates import cased_like, is_content_word
 from .checkpoint import load_tokenizer, most_positions
 from .generate import PIECES, Plan, pools_of, read_arrow, write_arrow
@@ -83,7 +87,9 @@ class MaskedLM:
             )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.eval().to(self._device)
+        use_onednn(self._model)
         self._num_candidates = num_candidates
+        self._of_this_thread = threading.local()
         known = whole_words(self.tokenizer)
         self._names = [*known.values()]
         self._known = torch.tensor([*known], device=self._device)
@@ -126,15 +132,22 @@ class MaskedLM:
     ) -> dict[int, list[str]]:
         """The candidates of every blank by its place, in the order of the vocabulary; never the word itself."""
         lists: dict[int, list[str]] = {}
-        with torch.inference_mode(), one_thread(self._device), self._only_masked() as masked_at:
-            for batch in _batches(blanks):
-                for blank, words in zip(batch, self._fill(batch, masked_at), strict=True):
-                    lists[blank.place] = words
-                advance(len(batch))
+        planned = plan_batches(np.array([len(blank.token_ids) for blank in blanks]), BATCH_TOKENS)
+        batches = [[blanks[slot] for slot in slots.tolist()] for slots in planned]
+        # As many as torch has threads, each computed by one: their sums are then of one order.
+        pool = ThreadPoolExecutor(torch.get_num_threads() if self._device.type == "cpu" else 1)
+        with one_thread(self._device), self._only_masked():
+            try:
+                for batch, found in zip(batches, pool.map(self._fill, batches), strict=True):
+                    lists.update(zip([blank.place for blank in batch], found, strict=True))
+                    advance(len(batch))
+            finally:
+                pool.shutdown(cancel_futures=True)
         return lists
 
-    def _fill(self, batch: Sequence[Blank], masked_at: list[torch.Tensor]) -> list[list[str]]:
-        length = -(-max(len(blank.token_ids) for blank in batch) // 8) * 8
+    @torch.inference_mode()
+    def _fill(self, batch: Sequence[Blank]) -> list[list[str]]:
+        length = max(len(blank.token_ids) for blank in batch)
         ids_BT = torch.full((len(batch), length), self.tokenizer.pad_token_id)
         mask_BT, segment_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
         for row, blank in enumerate(batch):
@@ -142,7 +155,7 @@ class MaskedLM:
             ids_BT[row, :size] = torch.tensor(blank.token_ids)
             mask_BT[row, :size] = 1
             segment_BT[row, blank.num_first : size] = 1
-        masked_at[:] = [torch.tensor([blank.masked_at for blank in batch], device=self._device)]
+        self._of_this_thread.masked_at = torch.tensor([blank.masked_at for blank in batch], device=self._device)
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if getattr(self._model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = segment_BT
@@ -158,33 +171,29 @@ class MaskedLM:
         ]
 
     @contextmanager
-    def _only_masked(self) -> Iterator[list[torch.Tensor]]:
-        """The head sees the states of the masked tokens alone: it is a fifth of the work where it sees all."""
-        masked_at: list[torch.Tensor] = []
+    def _only_masked(self) -> Iterator[None]:
+        """What follows the last attention sees the states of the masked tokens alone: the head, which is half of the
+        work of a small model where it sees all, and where it can be the rest of the last layer."""
 
-        def pick(module: Any, inputs: Any, outputs: Any) -> Any:
-            states_BTH = outputs[0]
-            outputs["last_hidden_state"] = states_BTH[torch.arange(len(states_BTH)), masked_at[0]][:, None]
+        def pick(states_BTH: torch.Tensor) -> torch.Tensor:
+            return states_BTH[torch.arange(len(states_BTH)), self._of_this_thread.masked_at][:, None]
+
+        def pick_last(module: Any, inputs: Any, outputs: Any) -> Any:
+            outputs["last_hidden_state"] = pick(outputs[0])
             return outputs
 
-        handle = self._model.base_model.register_forward_hook(pick)
+        layers = getattr(getattr(self._model.base_model, "encoder", None), "layer", None)
+        # A layer that transformers can compute in chunks of tokens: after its attention, no token looks at another.
+        if layers is not None and hasattr(layers[-1], "feed_forward_chunk") and hasattr(layers[-1], "attention"):
+            handle = layers[-1].attention.register_forward_hook(
+                lambda module, inputs, outputs: (pick(outputs[0]), *outputs[1:])
+            )
+        else:
+            handle = self._model.base_model.register_forward_hook(pick_last)
         try:
-            yield masked_at
+            yield
         finally:
             handle.remove()
-
-
-def _batches(blanks: Sequence[Blank]) -> Iterator[list[Blank]]:
-    """By length, so that there is next to no padding; at most `BATCH_TOKENS` each, and at least one."""
-    batch: list[Blank] = []
-    for blank in sorted(blanks, key=lambda blank: (len(blank.token_ids), blank.place)):
-        # The lengths rise, so the newest is the longest.
-        if batch and (len(batch) + 1) * (-(-len(blank.token_ids) // 8) * 8) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(blank)
-    if batch:
-        yield batch
 
 
 @lru_cache(maxsize=1)

@@ -122,6 +122,30 @@ def test_candidates_are_those_of_one_forward_pass_a_word(masked_lm: Path, senten
     assert len(found) == len(blanks)
 
 
+def test_candidates_do_not_depend_on_the_number_of_threads(
+    masked_lm: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from kd.stages.augment import mlm
+
+    monkeypatch.setattr(mlm, "BATCH_TOKENS", 128)  # many batches
+    model = mlm.MaskedLM(str(masked_lm), 5)
+    texts = [split_words(text) for text in sentences[:30]]
+    blanks = [blank for number, words in enumerate(texts) for blank in model.blanks(words, 100 * number)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            done: list[int] = []
+            found.append(model.fill(blanks, done.append))
+            assert torch.get_num_threads() == threads
+            assert sum(done) == len(blanks) and len(done) > 10
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
 def test_a_text_longer_than_the_model_has_no_candidates_beyond_its_end(masked_lm: Path) -> None:
     from kd.stages.augment.mlm import MaskedLM
 
