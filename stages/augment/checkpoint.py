@@ -78,7 +78,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             raise RefusedError(
                 f"the tokenizer of {folder} needs a package that is not installed",
                 details=said,
-                fix="pip install sentencepiece, where it is a SentencePiece model without a tokenizer.json",
+                fix='pip install "kd-pipeline[translate]", where it is a SentencePiece model without a tokenizer.json',
             ) from error
         raise RefusedError(f"the tokenizer of {folder} cannot be opened", details=said) from error
 

@@ -379,7 +379,7 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(there: Path, monkeypatch: 
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(
-        RefusedError, match=r"not installed\n  MarianTokenizer requires the (.|\n)*pip install sentencepiece"
+        RefusedError, match=r"not installed\n  MarianTokenizer requires the (.|\n)*kd-pipeline\[translate\]"
     ):
         check_generator(there, "seq2seq")
 
