@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ from ...pipeline.executor import ShardJob, check_execution, cluster_option, map_
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.stage import Progress, Stage, StageContext, StageResult, option
 from ..corpus import DatasetSource
+from ..corpus.source import TASKS
 from .operators import (
     DEFAULTS,
     FAULTS,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from ..corpus import Corpus
+    from ..corpus import Corpus, CorpusInfo
     from .generate import Plan
     from .generated import Generation
     from .pools import Pools
@@ -66,14 +67,18 @@ class Augment(Stage):
     on_interrupt: ClassVar[str] = "finished chunks are kept; the same command goes on from there"
 
     dataset: str = option(help="Dataset D[:split]: a file, a dataset folder or a hub id.", panel=_SOURCE)
-    text_column: str = option(help="Column of the text, or of the first text of a pair.", panel=_SOURCE)
+    text_column: str = option(
+        help="Column of the text, of the first text of a pair, or of lists of words.", panel=_SOURCE
+    )
     text_pair_column: str | None = option(None, help="Column of the second text of a pair.", panel=_SOURCE)
-    label_column: str | None = option(None, help="Column of the gold label.", panel=_SOURCE)
+    label_column: str | None = option(
+        None, help="Column of the gold label; of lists of tags beside lists of words.", panel=_SOURCE
+    )
     task: str | None = option(
         None,
         help="What the label is, where its column does not say.",
         panel=_SOURCE,
-        choices=("single-label", "multi-label", "regression"),
+        choices=TASKS,
     )
     transfer_dataset: tuple[str, ...] = option((), help="Further text D[:split], joined without labels.", panel=_SOURCE)
     transfer_text_column: str | None = option(
@@ -94,8 +99,9 @@ class Augment(Stage):
 
     operators: tuple[str, ...] = option(
         (),
-        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram, for pairs exchange and "
-        "recombine, back-translate and lm; mask,pos,ngram or what the preset says. none only imports.",
+        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram; for pairs exchange and "
+        "recombine; for named entities mention; back-translate and lm. mask,pos,ngram or what the preset says. none "
+        "only imports.",
         panel=_OPERATORS,
     )
     num_variants: int | None = option(
@@ -136,6 +142,9 @@ class Augment(Stage):
         help="recombine: a text of a pair becomes that of another row, for tasks in which their order says nothing; "
         "0.1.",
         panel=_OPERATORS,
+    )
+    mention_probability: float | None = option(
+        None, help="mention: a named entity becomes another of its type; 0.5.", panel=_OPERATORS
     )
     wordnet: str | None = option(None, help="synonym: folder of the files of WordNet 3.", panel=_OPERATORS)
     word_table: str | None = option(
@@ -389,8 +398,8 @@ class Augment(Stage):
                 f"operator {writes!r} writes other words than those of {self.dataset}, which have a tag each",
                 fix=f"leave {writes} out of --operators",
             )
-        if corpus.info.task == "token":
-            raise RefusedError(f"{self.dataset} holds lists of words: token tasks are not augmented yet")
+        if self._uses("mention"):
+            _require_bio(corpus, self.dataset)
         return hide_labels(
             corpus,
             labels_per_class=self.labels_per_class,
@@ -403,6 +412,7 @@ class Augment(Stage):
         """The rows of the dataset and the transfer text."""
         from ..corpus.corpus import join_unlabelled, load_corpus
         from .dedup import text_keys
+        from .words import splitter
 
         transfer = [
             load_corpus(
@@ -418,7 +428,7 @@ class Augment(Stage):
         return join_unlabelled(
             self._labelled,
             transfer,
-            keys_of=text_keys,
+            keys_of=partial(text_keys, split=splitter(self._labelled.info.task)),
             forbidden=self._excluded[0],
             most=most,
             seed=self.transfer_seed,
@@ -430,6 +440,7 @@ class Augment(Stage):
         from ..corpus.corpus import load_corpus
         from ..corpus.files import evaluation_splits
         from .dedup import forbidden_keys
+        from .words import splitter
 
         used = {self.dataset, *self.transfer_dataset}
         automatic = [split for split in evaluation_splits(*self._source.located()) if split not in used]
@@ -452,7 +463,7 @@ class Augment(Stage):
                 record["not_checked"] = error.what
                 continue
             record["rows"] = len(corpus)
-            keys |= forbidden_keys(*corpus.texts())
+            keys |= forbidden_keys(*corpus.texts(), splitter(corpus.info.task))
         return keys, records
 
     def inputs(self) -> dict[str, str]:
@@ -524,7 +535,17 @@ class Augment(Stage):
         from ...pipeline.artifact import atomic_write_bytes
         from ..corpus.corpus import sorted_by_id, write_tables
         from .draws import AUG_VERSION
-        from .generate import FORBIDDEN, ORIGINALS, VariantJob, pools_of, read_arrow, texts_of, with_keys, write_arrow
+        from .generate import (
+            FORBIDDEN,
+            ORIGINALS,
+            VariantJob,
+            mentions_of,
+            pools_of,
+            read_arrow,
+            texts_of,
+            with_keys,
+            write_arrow,
+        )
         from .generated import GenerateJob, given_rows, model_record, write_given
         from .recombine import texts_digest
         from .report import REPORT, Report
@@ -532,7 +553,8 @@ class Augment(Stage):
 
         self._say_what_is_not_checked(context.progress)
         forbidden, excluded = self._excluded
-        originals, keys = with_keys(sorted_by_id(self._originals.table))
+        info = self._originals.info
+        originals, keys = with_keys(sorted_by_id(self._originals.table), info.task)
         leaks = np.array([key in forbidden for key in keys])
         if leaks.all():
             raise RefusedError(
@@ -550,8 +572,8 @@ class Augment(Stage):
         plan = None
         if self._makes_variants:
             digest = fingerprint([self.inputs(), self.resolved["num_candidates"]])
-            task, generations = self._originals.info.task, self._generations
-            plan = self.plan(work.resolve(), len(originals), task=task, digest=digest, generations=generations)
+            generations = self._generations
+            plan = self.plan(work.resolve(), len(originals), info=info, digest=digest, generations=generations)
         made: Counter[str] = Counter()
         kept: list[np.ndarray] = []
         if plan is not None:
@@ -580,7 +602,7 @@ class Augment(Stage):
         content = write_tables(
             _all_rows(originals, plan, kept, report),
             folder,
-            info=self._originals.info,
+            info=info,
             num_rows=_rows_per_split(originals, plan, kept),
             counts=summary,
         )
@@ -601,6 +623,13 @@ class Augment(Stage):
             }
             if self.keep_edits:
                 content["augmentation"]["edit_operators"] = [*OPERATORS]
+            if (mentions := mentions_of(plan)) is not None:
+                content["augmentation"]["mentions"] = {
+                    "digest": mentions.pools.digest,
+                    "types": len(np.unique(mentions.pools.tags)),
+                    "mentions": len(mentions.pools.words),
+                    "expected_identical_rate": round(mentions.pools.identical_rate(), 6),
+                }
             if texts := texts_of(plan):
                 sizes = [len(side.texts) for side in texts]
                 content["augmentation"]["recombine"] = {"digest": texts_digest(texts), "texts": sizes}
@@ -621,14 +650,14 @@ class Augment(Stage):
             )
 
     def plan(
-        self, work: Path, num_rows: int, *, task: str, digest: str, generations: tuple[Generation, ...] = ()
+        self, work: Path, num_rows: int, *, info: CorpusInfo, digest: str, generations: tuple[Generation, ...] = ()
     ) -> Plan:
         """What to generate.
 
         Args:
             work: the working folder.
             num_rows: originals.
-            task: of the corpus.
+            info: of the corpus.
             digest: of all that decides over the files in the folder.
             generations: what models write besides.
         """
@@ -639,10 +668,9 @@ class Augment(Stage):
             digest=digest,
             num_rows=num_rows,
             rows_per_chunk=self._rows_per_chunk,
-            task=task,
+            info=info,
             tagger=self.tagger_identity["name"] if self.tagger_identity else None,
             language=self.language,
-            is_pair=self.text_pair_column is not None,
             rules=self.rules,
             num_variants=self.resolved["num_variants"],
             seed=self.seed,
@@ -791,6 +819,24 @@ class Augment(Stage):
         return neighbour_lists(pools.words, table_VH, tokenizer, self.resolved["num_candidates"], least_pieces=2)
 
 
+def _require_bio(corpus: Corpus, dataset: str) -> None:
+    """Refuse rows that `mention` can do nothing with."""
+    from ..entities import BioTags
+
+    bio = BioTags.of(corpus.info.label_names) if corpus.info.task == "token" else None
+    if bio is None or (bio.begin < 0).any():
+        names = corpus.info.label_names
+        raise RefusedError(
+            f"operator 'mention' needs words with BIO tags, and {dataset} has none",
+            details=[
+                f"task: {corpus.info.task!r}",
+                f"labels: {', '.join(names[:8]) or '(none)'}{', ...' if len(names) > 8 else ''}",
+                "expected: O, and B-X and I-X for every type X",
+            ],
+            fix="leave mention out of --operators, or give --label-column the column of such tags",
+        )
+
+
 def _compared(plan: Plan, original_keys: np.ndarray) -> tuple[Counter[str], list[np.ndarray]]:
     """Counts over all chunks, and per chunk which of its variants stay."""
     import numpy as np
@@ -820,6 +866,8 @@ def _figures(made: Counter[str], plan: Plan) -> dict[str, Any]:
     texts = {name: {"texts": made[name]} for name in ("ngram", *PAIRED, *GENERATORS) if made[name]}
     for generation in plan.generations:
         reasons += [f"{generation.operator}_{fault}" for fault in FAULTS[generation.operator]]
+    if made["mention"]:
+        texts["mention"] = {"mentions": made["mention"], "stayed": made["mention_identical"]}
     return {
         "variants_made": made["made"],
         "variants_dropped": {reason: made[f"dropped_{reason}"] for reason in reasons},

@@ -6,7 +6,7 @@ teacher sees, and for a check against test data it is better to find too much th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -14,10 +14,12 @@ import numpy as np
 from ..corpus.schema import normalised
 from .words import split_words
 
+Split = Callable[[str], list[str]]
 
-def joined(text: str, words: Sequence[str] | None = None) -> str:
+
+def joined(text: str, words: Sequence[str] | None = None, split: Split = split_words) -> str:
     """The text as it counts for equality; `words`, if known, are its words."""
-    found = split_words(text) if words is None else words
+    found = split(text) if words is None else words
     return normalised(" ".join(found or text.split())).casefold()
 
 
@@ -27,16 +29,18 @@ def text_key(joined_a: str, joined_b: str | None = None) -> bytes:
     return blake2b(content.encode(), digest_size=16).digest()
 
 
-def text_keys(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> list[bytes]:
-    """The key of every row."""
+def text_keys(texts_a: Sequence[str], texts_b: Sequence[str] | None = None, split: Split = split_words) -> list[bytes]:
+    """The key of every row; `split` gives the words of a text."""
     if texts_b is None:
-        return [text_key(joined(text)) for text in texts_a]
-    return [text_key(joined(a), joined(b)) for a, b in zip(texts_a, texts_b, strict=True)]
+        return [text_key(joined(text, split=split)) for text in texts_a]
+    return [text_key(joined(a, split=split), joined(b, split=split)) for a, b in zip(texts_a, texts_b, strict=True)]
 
 
-def forbidden_keys(texts_a: Sequence[str], texts_b: Sequence[str] | None = None) -> set[bytes]:
+def forbidden_keys(
+    texts_a: Sequence[str], texts_b: Sequence[str] | None = None, split: Split = split_words
+) -> set[bytes]:
     """The keys that training text may not have; of a pair also that of its two texts the other way round."""
-    keys = set(text_keys(texts_a, texts_b))
+    keys = set(text_keys(texts_a, texts_b, split))
     return keys if texts_b is None else keys | set(text_keys(texts_b, texts_a))
 
 

@@ -9,6 +9,7 @@ stays done when the run is killed:
 - `synonym.arrow`, `neighbour.arrow`: candidates of every word of the corpus; `pieces.arrow`: of those that a masked LM
   has in several pieces; `mlm-<chunk>.arrow`: of every place;
 - `recombine.arrow`: the texts of either side of all pairs;
+- `mentions-<chunk>.arrow`: how often each named entity is marked in the chunk;
 - `variants-<chunk>.arrow`: variants in the schema of a corpus and their text keys; counts in the metadata;
   `back-translate-<chunk>.arrow`: the same of variants that a model wrote (`generated.py`).
 """
@@ -18,9 +19,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +33,20 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from ...pipeline.ragged import Ragged
-from ..corpus.schema import EDITS_FIELD, example_id, normalised, schema
+from ..corpus.corpus import Corpus
+from ..corpus.schema import EDITS_FIELD, CorpusInfo, example_id, normalised, schema
+from ..entities import BioTags
 from .candidates import from_column
 from .dedup import joined, text_key
 from .draws import AUG_VERSION
+from .mention import Mentions, ReplaceMentions, Spans, count_mentions
 from .operators import OPERATORS
 from .pairs import SIDES
 from .pools import Pools
 from .recombine import Recombine, Texts, read_texts
-from .rules import Changed, RuleAugmenter, Rules, Variants
+from .rules import Changed, RuleAugmenter, Rules, Tagged, Variants
 from .tagger import load_tagger
-from .words import split_words
+from .words import splitter
 
 if TYPE_CHECKING:
     from .generated import Generation
@@ -66,8 +71,7 @@ class Plan:
         digest: hash of the originals, the forbidden keys and the tagger; names what may be remembered of them.
         num_rows: rows of `originals.arrow`.
         rows_per_chunk: originals per chunk.
-        task: task of the corpus, which fixes its schema.
-        is_pair: whether a row is two texts.
+        info: what the rows of the corpus mean, which fixes its schema.
         tagger: name of the tagger; None when no operator needs tags.
         language: of the text, for the tagger.
         rules: what the operators do.
@@ -83,8 +87,7 @@ class Plan:
     digest: str
     num_rows: int
     rows_per_chunk: int
-    task: str
-    is_pair: bool
+    info: CorpusInfo
     tagger: str | None
     language: str
     rules: Rules
@@ -96,12 +99,23 @@ class Plan:
     generations: tuple[Generation, ...] = ()
 
     @property
+    def task(self) -> str:
+        """Task of the corpus."""
+        return self.info.task
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row is two texts."""
+        return self.info.is_pair
+
+    @property
     def num_chunks(self) -> int:
         """Chunks of originals."""
         return -(-self.num_rows // self.rows_per_chunk)
 
     def file(self, kind: str, chunk: int) -> Path:
-        """The file of a chunk: kind is "words", "counts", "mlm", "variants" or an operator that has a model write."""
+        """The file of a chunk: kind is "words", "counts", "mentions", "mlm", "variants" or an operator whose model
+        writes."""
         return self.folder / f"{kind}-{chunk:06d}.arrow"
 
     def files_of_variants(self) -> list[tuple[int, Path]]:
@@ -121,6 +135,10 @@ class Plan:
         """The originals of a chunk."""
         start = chunk * self.rows_per_chunk
         return read_arrow(self.folder / ORIGINALS).slice(start, self.rows_per_chunk)
+
+    def tagged(self, chunk: int) -> Tagged:
+        """The tags of a chunk of a token task."""
+        return Tagged(Corpus(self.originals(chunk), self.info).tags()[0], BioTags.of(self.info.label_names))
 
     def letters(self) -> tuple[str, ...]:
         """The sides of a row."""
@@ -154,8 +172,9 @@ def read_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def with_keys(originals: pa.Table) -> tuple[pa.Table, list[bytes]]:
+def with_keys(originals: pa.Table, task: str) -> tuple[pa.Table, list[bytes]]:
     """The table with its word counts filled in, and the text key of every row."""
+    split_words = splitter(task)
     keys, lengths_a, lengths_b = [], [], []
     for text_a, text_b in zip(originals["text_a"].to_pylist(), originals["text_b"].to_pylist(), strict=True):
         words_a = split_words(text_a)
@@ -189,47 +208,76 @@ class WordsJob:
 
     plan: Plan
 
-    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, pa.Table, pa.Table]:
+    def compute(self, shard: int, advance: Callable[[int], None]) -> tuple[int, dict[str, pa.Table]]:
         plan = self.plan
         tag = load_tagger(plan.tagger, plan.language).tag if plan.tagger is not None else None
-        rows = plan.originals(shard)
+        rows, split = plan.originals(shard), splitter(plan.task)
+        # Named entities are known words and never drawn in the place of another.
+        drawn = iter((~plan.tagged(shard).in_mention).tolist()) if plan.task == "token" else repeat(True)
         counts: Counter[tuple[int, str]] = Counter()
         number: dict[tuple[int, str], int] = {}
         columns: dict[str, list[list[int]]] = {}
         for letter in plan.letters():
             column = columns[letter] = []
             for text in rows[f"text_{letter}"].to_pylist():
-                words = split_words(text)
+                words = split(text)
                 pairs = [*zip([0] * len(words) if tag is None else tag(words), words, strict=True)]
-                counts.update(pairs)
+                counts.update(compress(pairs, drawn))
                 column.append([number.setdefault(pair, len(number)) for pair in pairs])
                 if letter == "a":
                     advance(1)
-        table = pa.table(
-            {
-                "tag": pa.array([tag for tag, _ in number], pa.int16()),
-                "word": pa.array([word for _, word in number], pa.string()),
-                "count": pa.array([counts[pair] for pair in number], pa.int64()),
-            }
-        )
-        return shard, pa.table({name: pa.array(c, pa.list_(pa.int32())) for name, c in columns.items()}), table
+        tables = {"counts": _as_table({pair: counts[pair] for pair in number})}
+        if plan.rules.mention:
+            tagged = plan.tagged(shard)
+            assert tagged.bio is not None
+            texts = map(split, rows["text_a"].to_pylist())
+            tables["mentions"] = _as_table(count_mentions(tagged.tags, texts, tagged.bio))
+        # The last to be written says that a chunk is done.
+        tables["words"] = pa.table({name: pa.array(c, pa.list_(pa.int32())) for name, c in columns.items()})
+        return shard, tables
 
-    def finish(self, computed: tuple[int, pa.Table, pa.Table]) -> int:
-        chunk, words, counts = computed
-        write_arrow(counts, self.plan.file("counts", chunk))
-        write_arrow(words, self.plan.file("words", chunk))
+    def finish(self, computed: tuple[int, dict[str, pa.Table]]) -> int:
+        chunk, tables = computed
+        for kind, table in tables.items():
+            write_arrow(table, self.plan.file(kind, chunk))
         return chunk
+
+
+def _as_table(counts: Mapping[tuple[int, str], int]) -> pa.Table:
+    return pa.table(
+        {
+            "tag": pa.array([tag for tag, _ in counts], pa.int16()),
+            "word": pa.array([word for _, word in counts], pa.string()),
+            "count": pa.array([*counts.values()], pa.int64()),
+        }
+    )
+
+
+def _all_counts(plan: Plan, kind: str) -> Counter[tuple[int, str]]:
+    """The counts of all chunks together, as `_as_table` wrote them."""
+    counts: Counter[tuple[int, str]] = Counter()
+    for chunk in range(plan.num_chunks):
+        table = read_arrow(plan.file(kind, chunk))
+        pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
+        counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
+    return counts
 
 
 @lru_cache(maxsize=1)
 def pools_of(plan: Plan) -> Pools:
     """The pools of all originals; every chunk must have its words."""
-    counts: Counter[tuple[int, str]] = Counter()
-    for chunk in range(plan.num_chunks):
-        table = read_arrow(plan.file("counts", chunk))
-        pairs = zip(table["tag"].to_pylist(), table["word"].to_pylist(), strict=True)
-        counts.update(dict(zip(pairs, table["count"].to_pylist(), strict=True)))
-    return Pools.of(counts)
+    return Pools.of(_all_counts(plan, "counts"))
+
+
+@lru_cache(maxsize=1)
+def mentions_of(plan: Plan) -> Mentions | None:
+    """The mentions of all originals; None where `mention` does nothing."""
+    if not plan.rules.mention:
+        return None
+    numbers: dict[str, int] = {}
+    for number, word in enumerate(pools_of(plan).words):
+        numbers.setdefault(word, number)
+    return Mentions.of(_all_counts(plan, "mentions"), numbers)
 
 
 # Pass 2 ----------------------------------------------------------------------------------------------------------
@@ -311,6 +359,7 @@ def variants_of(
             found, words = from_column(table.filter(pc.equal(table["side"], letter)), len(vocabulary.words))
             places.append(found)
             vocabulary = vocabulary.extended(words)
+    tagged = plan.tagged(chunk) if plan.task == "token" else None
     augmenter = RuleAugmenter(
         plan.rules,
         pools,
@@ -319,6 +368,8 @@ def variants_of(
         candidates=vocabulary.candidates,
         places=places,
         recombine=_recombine(plan, rows),
+        tagged=tagged,
+        mentions=_replace_mentions(plan, texts[0], tagged),
         keep_edits=plan.keep_edits,
     )
     made = _Made(plan, rows, texts, vocabulary)
@@ -327,6 +378,17 @@ def variants_of(
         made.add(augmenter.variants(ids, texts, plan.num_variants, of=batch))
         advance(len(batch))
     return made.table(), made.counts + augmenter.counts
+
+
+def _replace_mentions(plan: Plan, texts: Ragged, tagged: Tagged | None) -> ReplaceMentions | None:
+    mentions = mentions_of(plan)
+    if mentions is None:
+        return None
+    assert tagged is not None and tagged.bio is not None
+    words = pools_of(plan).words
+    spelled = ([words[number] for number in row] for row in texts)
+    spans = Spans.of(tagged.tags, spelled, tagged.bio, mentions.pools)
+    return ReplaceMentions(plan.rules.mention, mentions, spans)
 
 
 def texts_of(plan: Plan) -> tuple[Texts, ...]:
@@ -366,7 +428,10 @@ class _Made:
         self._vocabulary = vocabulary
         self._forbidden = forbidden_of(plan)
         self._texts = [originals[f"text_{letter}"].combine_chunks() for letter in plan.letters()]
-        self._folded = [pa.array(map(joined, column.to_pylist()), pa.string()) for column in self._texts]
+        split = splitter(plan.task)
+        self._folded = [
+            pa.array([joined(text, split=split) for text in column.to_pylist()], pa.string()) for column in self._texts
+        ]
         self._tables: list[pa.Table] = []
 
     def add(self, variants: Variants) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 WORD_OPERATORS = ("mask", "pos", "synonym", "neighbour", "mlm", "delete", "swap")
 """Operators that share the draw of a word: their probabilities sum to at most 1."""
-OPERATORS = (*WORD_OPERATORS, "ngram", "exchange", "recombine")
+REPLACING = ("pos", "synonym", "neighbour", "mlm")
+"""Word operators that put another word in a word's place; they leave named entities alone."""
+OPERATORS = (*WORD_OPERATORS, "ngram", "exchange", "recombine", "mention")
 """Those that rules carry out, in the order in which provenance names them."""
 PAIRED = ("exchange", "recombine")
 """Operators that need pairs of texts."""
@@ -44,6 +46,7 @@ PROBABILITIES = {
     "ngram": 0.25,
     "exchange": 0.5,
     "recombine": 0.1,
+    "mention": 0.5,
 }
 """Of an operator that is asked for without one: as Tang et al. (2019), Wei and Zou (2019) and TinyBERT have them."""
 

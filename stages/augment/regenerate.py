@@ -68,7 +68,7 @@ def regenerate(
         work = Path(folder)
         write_arrow(originals, work / ORIGINALS)
         (work / FORBIDDEN).touch()
-        plan = stage.plan(work, len(originals), task=corpus.info.task, digest=artifact.fingerprint)
+        plan = stage.plan(work, len(originals), info=corpus.info, digest=artifact.fingerprint)
         rows = np.unique([row_of[variant["parent_id"]] for variant in chosen])
         stage.prepare(plan, NullProgress(), {*(rows // plan.rows_per_chunk).tolist()})
         _require_same("words", artifact.content["augmentation"]["pools"]["digest"], pools_of(plan).digest)

@@ -60,7 +60,7 @@ class Report:
             "|---|---:|---:|---:|",
         ]
         for name, change in summary["changes"].items():
-            places = change.get("words", change.get("texts", 0))
+            places = next(change[unit] for unit in ("words", "texts", "mentions") if unit in change)
             lines.append(f"| {name} | {self.rows[name]:,} | {places:,} | {change.get('stayed', 0):,} |")
         lines += ["", "A row that two operators changed counts for both.", "", "| left out | rows |", "|---|---:|"]
         lines += [f"| {name} | {count:,} |" for name, count in summary["variants_dropped"].items()]

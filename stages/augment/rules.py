@@ -6,7 +6,10 @@ order of `WORD_OPERATORS`) and keeping the word, n that such an operator chooses
 operator draws therefore does not depend on what others did.
 
 Word operators see the words of the original; then words that `swap` chose trade places, deleted ones go, and the window
-is cut from what is left. They leave a text alone that `recombine` replaces by another row's; its draws come last.
+is cut from what is left. They leave a text alone that `recombine` replaces by another row's; its draws come last. So do
+those of `mention`, which comes before the word operators, and whose words they leave alone.
+
+Of a token task every word has a tag, which goes where its word goes.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import numpy.typing as npt
 
 from ...pipeline.fingerprint import fingerprint
 from ...pipeline.ragged import Ragged, offsets_of, ranges
+from ..entities import BioTags
 from .candidates import ReplaceByCandidate
 from .delete import DELETED, Delete
 from .draws import AUG_VERSION, Draws, FloatArray, IntArray
 from .edits import WHOLE, Edits
 from .mask import Mask
+from .mention import ReplaceMentions, entry_of, number_of, rebuilt
 from .ngram import Window
-from .operators import OPERATORS, WORD_OPERATORS
+from .operators import OPERATORS, REPLACING, WORD_OPERATORS
 from .pairs import sides
 from .pools import Pools
 from .pos import ReplaceByPos
@@ -40,7 +45,11 @@ TEXT_DRAWS = 2
 """Draws of a variant before those of its texts."""
 WINDOW_DRAWS = 3
 
-_EXCHANGE, _NGRAM, _RECOMBINE, _SWAP = (OPERATORS.index(name) for name in ("exchange", "ngram", "recombine", "swap"))
+_EXCHANGE, _MENTION, _NGRAM, _RECOMBINE, _SWAP = (
+    OPERATORS.index(name) for name in ("exchange", "mention", "ngram", "recombine", "swap")
+)
+_KEEP = len(WORD_OPERATORS)
+_REPLACES = np.array([name in REPLACING for name in WORD_OPERATORS] + [False])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,7 @@ class Rules:
     ngram: float = 0.0
     exchange: float = 0.0
     recombine: float = 0.0
+    mention: float = 0.0
     mask_token: str = "[MASK]"
     pair_sides: str = "cycle"
 
@@ -96,11 +106,34 @@ class Changed:
         words: V rows of words; a side that a variant leaves alone has none.
         is_new: bool [V] whether the words are not those of the original.
         all_new: bool [V] whether none of the words stayed in its place, before the window.
+        tags: V rows of tags, where they are asked for: those of the original, gone where its words went, `mention` and
+            what was cut made good, below 0 where the original has none.
     """
 
     words: Ragged
     is_new: npt.NDArray[np.bool_]
     all_new: npt.NDArray[np.bool_]
+    tags: Ragged | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tagged:
+    """What is to be known of the tags of N texts.
+
+    Attributes:
+        tags: int64, N rows, a tag per word; below 0 where a text has no gold.
+        bio: what they say; None where they are not BIO.
+    """
+
+    tags: Ragged
+    bio: BioTags | None
+
+    @cached_property
+    def in_mention(self) -> npt.NDArray[np.bool_]:
+        """bool [W]: words that belong to a named entity, which other words do not replace."""
+        values = self.tags.values
+        found = np.zeros(len(values), bool) if self.bio is None else (values >= 0) & (self.bio.type_of[values] >= 0)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +172,15 @@ class RuleAugmenter:
         candidates: of `synonym` and `neighbour`, per word of the vocabulary.
         places: of `mlm`, per side and place.
         recombine: the operator of that name, about the N examples that variants are made of.
+        tagged: the tags of these, of a token task.
+        mentions: operator `mention`, about the same.
+        keep_tags: whether `Changed.tags` is wanted.
         keep_edits: whether `Variants.edits` is wanted.
 
     Attributes:
         counts: what was done so far: `words` seen, of every word operator words chosen under its name and those that
             stayed what they were as `<name>_identical`, texts changed as `sides`, windows cut as `ngram`, pairs turned
-            round as `exchange` and pairs made anew as `recombine`.
+            round as `exchange` and pairs made anew as `recombine`; mentions like words.
     """
 
     def __init__(
@@ -157,7 +193,10 @@ class RuleAugmenter:
         candidates: Mapping[str, Ragged] | None = None,
         places: Sequence[Ragged] = (),
         recombine: Recombine | None = None,
+        tagged: Tagged | None = None,
+        mentions: ReplaceMentions | None = None,
         keep_edits: bool = False,
+        keep_tags: bool = False,
     ) -> None:
         self._rules = rules
         self._draws = Draws(seed, rules.config_hash)
@@ -171,6 +210,9 @@ class RuleAugmenter:
         }
         self._by_place = [ReplaceByCandidate(rows, by_place=True) for rows in places]
         self._recombine = recombine
+        self._tagged = tagged
+        self._mentions = mentions
+        self._keep_tags = keep_tags
         self._keep_edits = keep_edits
         self.counts: Counter[str] = Counter()
 
@@ -191,6 +233,7 @@ class RuleAugmenter:
         lengths = [text.lengths[rows] for text in texts]
         ends = TEXT_DRAWS + sum(2 * length + WINDOW_DRAWS for length in lengths)
         counts = ends if self._recombine is None else ends + RECOMBINE_DRAWS
+        counts = counts if self._mentions is None else counts + self._mentions.num_draws(rows)
         repeated = [example_ids[row] for row in chosen for _ in range(num_variants)]
         draws, starts = self._draws.of(repeated, iterations.tolist(), np.asarray(counts))
         operators = np.zeros(len(rows), dtype=np.uint16)
@@ -243,6 +286,8 @@ class RuleAugmenter:
         old = text.values[places]
         new = old.copy()
         chosen = np.searchsorted(self._limits, deciding, side="right")
+        if self._tagged is not None:
+            chosen[self._tagged.in_mention[places] & _REPLACES[chosen]] = _KEEP
         self.counts["words"] += len(old)
         self.counts["sides"] += int(is_chosen.sum())
 
@@ -258,6 +303,21 @@ class RuleAugmenter:
             if edits is not None:
                 edits.note(variant[at], side, at - offsets[variant[at]], number)
 
+        if self._mentions is not None:
+            spans, first = self._mentions.spans, starts + 2 * text.lengths[rows] + WINDOW_DRAWS
+            which, span, entries = self._mentions.choose(rows, draws, first)
+            at = offsets[which] + spans.starts[span] - text.offsets[rows[which]]
+            size = (spans.ends - spans.starts)[span]
+            chosen[ranges(at, size)] = _KEEP
+            is_other = entries != spans.entries[span]
+            self.counts["mention"] += len(at)
+            self.counts["mention_identical"] += len(at) - int(is_other.sum())
+            operators[which[is_other]] |= np.uint16(1 << _MENTION)
+            at, changed = at[is_other], ranges(at[is_other], size[is_other])
+            new[changed] = DELETED
+            new[at] = number_of(entries[is_other])
+            note(_MENTION, changed)
+
         for number, name in enumerate(WORD_OPERATORS[:_SWAP]):
             at = np.flatnonzero(chosen == number)
             if not len(at):
@@ -270,14 +330,20 @@ class RuleAugmenter:
         partners = offsets[variant[at]] + (choosing[at] * lengths[variant[at]]).astype(np.int64)
         before = new.copy() if edits is not None else new
         trade_places(new, at, partners, variant[at])
+        origin = np.arange(len(new))
+        if self._keep_tags:
+            trade_places(origin, at, partners, variant[at])
         count(_SWAP, at)
         note(_SWAP, np.flatnonzero(new != before))
 
         num_new = np.bincount(variant[new != old], minlength=len(rows))
         is_new, all_new = num_new > 0, (num_new == lengths) & (num_new > 0)
-        kept = new != DELETED
-        lengths = np.bincount(variant[kept], minlength=len(rows))
+        kept = np.flatnonzero(new != DELETED)
         words = new[kept]
+        if self._mentions is not None:
+            words, items = self._mentions.spelled_out(words)
+            kept = kept[items]
+        lengths = np.bincount(variant[kept], minlength=len(rows))
         window = draws[(starts + 2 * text.lengths[rows])[:, None] + np.arange(WINDOW_DRAWS)]
         first, last = self._window.bounds(lengths, window)
         is_cut = is_chosen & (last - first < lengths)
@@ -286,6 +352,29 @@ class RuleAugmenter:
         self.counts["ngram"] += int(is_cut.sum())
         inside = ranges(offsets_of(lengths)[:-1] + first, last - first)
         if edits is not None:
-            note(_NGRAM, np.delete(np.flatnonzero(kept), inside))
-        words = words[inside]
-        return Changed(Ragged.from_lengths(words, last - first), is_new | is_cut, all_new)
+            note(_NGRAM, np.setdiff1d(kept, kept[inside]))
+        made = Ragged.from_lengths(words[inside], last - first)
+        tags = None
+        if self._keep_tags:
+            tags = self._tags(new[kept[inside]], places[origin[kept[inside]]], kept[inside], made)
+        return Changed(made, is_new | is_cut, all_new, tags)
+
+    def _tags(self, items: IntArray, places: IntArray, slots: IntArray, words: Ragged) -> Ragged:
+        """The tags of the words of variants.
+
+        Args:
+            items: int64 [W] the number that each word comes of, below `DELETED` for a mention.
+            places: int64 [W] the place among the words of all texts that it comes from.
+            slots: int64 [W] a number that the words of one item share.
+            words: the words.
+        """
+        assert self._tagged is not None
+        values, bio = self._tagged.tags.values[places], self._tagged.bio
+        if self._mentions is not None and bio is not None:
+            at = np.flatnonzero(items < DELETED)
+            types = self._mentions.mentions.pools.tags[entry_of(items[at])]
+            is_first = np.ones(len(slots), bool)
+            is_first[1:] = slots[1:] != slots[:-1]
+            values[at] = np.where(is_first[at], bio.begin[types], bio.inside[types])
+        tags = Ragged(values, words.offsets)
+        return tags if bio is None else rebuilt(tags, bio)

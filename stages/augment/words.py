@@ -10,6 +10,8 @@ Laws: a word holds no white space, and splitting words joined by single spaces g
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import regex
 
 WORDS_VERSION = "1"
@@ -50,3 +52,12 @@ def word_ends(text: str) -> list[int]:
     [4, 5, 9]
     """
     return [found.end() for found in _words.finditer(text)]
+
+
+def splitter(task: str) -> Callable[[str], list[str]]:
+    """What splits the texts of a corpus into words: those of a token task are joined by single spaces."""
+    return _given_words if task == "token" else split_words
+
+
+def _given_words(text: str) -> list[str]:
+    return text.split(" ")
