@@ -20,7 +20,8 @@ INTRODUCTION = f"""\
 
 {SUMMARY}
 
-Results are on stdout; progress, estimates and warnings on stderr: bars on a terminal, JSON lines elsewhere.
+Results are on stdout; progress, estimates and warnings on stderr: bars on a terminal, JSON lines elsewhere
+(`KD_PROGRESS=bars` or `json` chooses; `KD_PROGRESS_INTERVAL`: least seconds between two lines of a task, 5).
 
 **Where a value comes from.** An option on the command line, else the environment (only the options that have a variable
 below: they change how a command runs, never its result), else the file given with `--config`, else the default. A

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .artifact import json_ready
+from .errors import UsageError
 from .stage import NullProgress, Progress, ProgressTask
 
 if TYPE_CHECKING:
@@ -48,12 +50,26 @@ def open_progress(*, quiet: bool = False, stream: TextIO | None = None, style: s
         style: "bars" or "json" instead of asking the stream; the environment variable KD_PROGRESS by default.
 
     `KD_PROGRESS_INTERVAL` is the shortest time in seconds between two progress lines of one task (5).
+
+    Raises:
+        UsageError: one of the two variables is none of what it may be.
     """
     stream = stream or sys.stderr
     style = style or os.environ.get("KD_PROGRESS") or ("bars" if stream.isatty() else "json")
-    if style == "bars":
-        return BarProgress(stream, quiet=quiet)
-    return JsonProgress(stream, quiet=quiet, interval_s=float(os.environ.get("KD_PROGRESS_INTERVAL") or 5.0))
+    if style not in ("bars", "json"):
+        raise UsageError(f"KD_PROGRESS is {style!r}", fix="give bars or json, or leave it out")
+    given = os.environ.get("KD_PROGRESS_INTERVAL") or "5"
+    try:
+        interval_s = float(given)
+    except ValueError:
+        interval_s = -1.0
+    if not 0.0 <= interval_s < math.inf:
+        raise UsageError(f"KD_PROGRESS_INTERVAL is {given!r}", fix="give seconds, 0 or more")
+    return (
+        BarProgress(stream, quiet=quiet)
+        if style == "bars"
+        else JsonProgress(stream, quiet=quiet, interval_s=interval_s)
+    )
 
 
 class Meter:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kd.pipeline.errors import UsageError
 from kd.pipeline.progress import BarProgress, JsonProgress, Meter, open_progress
 
 
@@ -141,6 +142,18 @@ def test_a_terminal_gets_bars_and_a_pipe_gets_json(monkeypatch: pytest.MonkeyPat
     with os.fdopen(secondary, "w") as terminal:
         assert isinstance(open_progress(stream=terminal), BarProgress)
     os.close(primary)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KD_PROGRESS", "lines"), *(("KD_PROGRESS_INTERVAL", value) for value in ("often", "-1", "nan", "inf"))],
+)
+def test_an_environment_that_says_something_else_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{name} is '{value}'"):
+        open_progress(stream=io.StringIO())
 
 
 def test_a_bar_on_a_terminal_shows_rate_and_remaining_time_and_leaves_the_cursor() -> None:
