@@ -330,7 +330,7 @@ class RuleAugmenter:
         partners = offsets[variant[at]] + (choosing[at] * lengths[variant[at]]).astype(np.int64)
         before = new.copy() if edits is not None else new
         trade_places(new, at, partners, variant[at])
-        origin = np.arange(len(new))
+        origin = np.arange(len(new) if self._keep_tags else 0)
         if self._keep_tags:
             trade_places(origin, at, partners, variant[at])
         count(_SWAP, at)
