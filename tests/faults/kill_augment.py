@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,22 @@ def stage_of(output: Path) -> str:
 
 
 def one_killed(
-    corpora: Corpora, datasets: Sequence[Path], output: Path, workers: Sequence[int], seconds: float, rng: random.Random
+    corpora: Corpora, datasets: Sequence[Path], output: Path, durations: Mapping[int, float], rng: random.Random
 ) -> Counter[str]:
-    """Make a corpus that is killed up to `KILLS_PER_CORPUS` times; how far it was each time."""
+    """Make a corpus that is killed up to `KILLS_PER_CORPUS` times; how far it was each time.
+
+    Args:
+        durations: by number of workers, how long a corpus takes that nobody disturbs.
+    """
     moments: Counter[str] = Counter()
     for number in range(KILLS_PER_CORPUS + 1):
-        process = corpora.start(rng.choice(datasets), output, rng.choice(workers))
+        workers = rng.choice([*durations])
+        process = corpora.start(rng.choice(datasets), output, workers)
         if number == KILLS_PER_CORPUS:
             corpora.finish(process)
             break
         try:
-            process.wait(timeout=rng.uniform(0.1, 0.8) * seconds)
+            process.wait(timeout=rng.uniform(0.1, 0.9) * durations[workers])
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -131,18 +136,19 @@ def harness(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = ["--text-column", arguments.text_column, "--num-variants", str(arguments.variants)]
     options += ["--label-column", arguments.label_column] if arguments.label_column else []
     corpora = Corpora(folder, [*options, *arguments.options])
-    output, seconds = folder / "corpus", {}
+    output = folder / "corpus"
+    seconds: dict[str, float] = {}
+    durations: dict[int, float] = {}
     for dataset, workers in [*((datasets[0], count) for count in arguments.workers), (datasets[1], 1)]:
         what = f"{dataset.parent.name} order, {workers} workers"
         started = time.perf_counter()
         corpora.finish(corpora.start(dataset, output, workers))
-        seconds[what] = round(time.perf_counter() - started, 1)
+        seconds[what] = durations[workers] = round(time.perf_counter() - started, 1)
         corpora.compare(output, what)
         print(f"{what}: {seconds[what]} s", file=sys.stderr, flush=True)
     moments: Counter[str] = Counter()
     while moments.total() < arguments.kills:
-        # Of one that nobody disturbs, by one worker: with more, it may be done before it is killed.
-        moments += one_killed(corpora, datasets, output, arguments.workers, next(iter(seconds.values())), rng)
+        moments += one_killed(corpora, datasets, output, durations, rng)
         corpora.compare(output, f"killed after {dict(moments)}")
         print(f"killed: {dict(moments)}", file=sys.stderr, flush=True)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_kills import ENVIRONMENT, SEED
 
 SCRIPT = Path(__file__).with_name("kill_augment.py")
+SEED = int(os.environ.get("KD_FAULTS_SEED", "0"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.faults
