@@ -59,7 +59,7 @@ class TrainTeacher(TrainingOptions):
     head: str = option(
         "auto",
         help="Start: random; fitted to the frozen encoder; aligned: fitted, once the first token means all; "
-        "auto: the checkpoint's own for these labels, else aligned where left-out rows favour it (of words: random).",
+        "auto: the checkpoint's own for these labels, else aligned where left-out rows favour it.",
         panel=HEAD,
         choices=("auto", "aligned", "fitted", "random"),
     )

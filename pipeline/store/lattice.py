@@ -136,3 +136,16 @@ def _sidecars_to(signal: Signal, held: Callable[[Signal], bool], num_layers: int
         return []
     below = [name for source in route.sources for name in _sidecars_to(source, held, num_layers)]
     return [*dict.fromkeys([*([route.sidecar] if route.sidecar else []), *below])]
+
+
+def signal_of(sidecar: str, head: str) -> Signal | None:
+    """What a sidecar of weights of a teacher with that head lets derive; None for one that nothing follows from."""
+    group, _, layer = sidecar.partition("@")
+    if group == "attn_in":
+        return Signal("attention.qkv", int(layer))
+    if sidecar == "embeddings":
+        return Signal("hidden.tok", 0)
+    if sidecar != "head" or head == "none":
+        return None
+    scores = {"sequence-classification": "logits", "token-classification": "logits.tok", "masked-lm": "mlm.logits"}
+    return Signal(scores[head])

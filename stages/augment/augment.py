@@ -99,9 +99,8 @@ class Augment(Stage):
 
     operators: tuple[str, ...] = option(
         (),
-        help="What changes a text: mask, pos, synonym, neighbour, mlm, delete, swap, ngram; for pairs exchange and "
-        "recombine; for named entities mention; back-translate and lm. mask,pos,ngram or what the preset says. none "
-        "only imports.",
+        help="mask, pos, synonym, neighbour, mlm, delete, swap, ngram; for pairs exchange, recombine; for entities "
+        "mention; back-translate, lm. mask,pos,ngram or what the preset says; none only imports.",
         panel=_OPERATORS,
     )
     num_variants: int | None = option(

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...pipeline.errors import RefusedError, UsageError
-from ...pipeline.store.lattice import sources_of
+from ...pipeline.store.lattice import signal_of, sources_of
 from ...pipeline.store.signal import Axis, Signal, Sizes
-from .shortcuts import signal_of
 
 if TYPE_CHECKING:
     from ...pipeline.store.plan import ShardSize

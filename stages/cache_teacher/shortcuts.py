@@ -15,7 +15,7 @@ import numpy as np
 from ...pipeline.errors import RefusedError
 from ...pipeline.ragged import Ragged
 from ...pipeline.store.keys import row_keys
-from ...pipeline.store.lattice import Route, route_to
+from ...pipeline.store.lattice import Route, route_to, signal_of
 from ...pipeline.store.signal import SEGMENT_IDS, TOKEN_IDS, Signal
 
 if TYPE_CHECKING:
@@ -50,19 +50,6 @@ class Shortcut:
     def __str__(self) -> str:
         verb = "follows" if self.holds else "does not follow"
         return f"{self.signal} {verb} from sidecar {self.sidecar}: {self.why}"
-
-
-def signal_of(sidecar: str, head: str) -> Signal | None:
-    """What a sidecar of weights of a teacher with that head lets derive; None for one that nothing follows from."""
-    group, _, layer = sidecar.partition("@")
-    if group == "attn_in":
-        return Signal("attention.qkv", int(layer))
-    if sidecar == "embeddings":
-        return Signal("hidden.tok", 0)
-    if sidecar != "head" or head == "none":
-        return None
-    scores = {"sequence-classification": "logits", "token-classification": "logits.tok", "masked-lm": "mlm.logits"}
-    return Signal(scores[head])
 
 
 def try_shortcuts(
