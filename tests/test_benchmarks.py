@@ -12,7 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SHARED = {"formats", "large_store", "relay", "report"}
 SMALL = {
-    "augment": ["--quick", "--rows", "60", "--sentences", "2", "--variants", "2"],
+    "augment": ["--quick", "--only", "rules", "masked-lm", "--rows", "60", "--sentences", "2", "--variants", "2"],
     "capture": ["--quick", "--rows", "16", "--rounds", "1"],
     "derived": ["--rows", "12", "--teachers", "pre-ln"],
     "gpu": ["--device", "cpu", "--quick", "--rows", "60", "--steps", "1"],
