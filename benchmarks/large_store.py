@@ -15,7 +15,8 @@ from kd.pipeline.store import InputRows, Signal, StoreIdentity, TeacherStore, ar
 
 SPECS = (array_spec(Signal("logits"), 3), array_spec(Signal("hidden.cls", 2), 8))
 IDENTITY = StoreIdentity(teacher={"digest": "none"}, tokenizer={"digest": "none"}, capture={"benchmark": "scale"})
-BLOCK = 1 << 16
+BLOCK = 1 << 12
+"""Rows that kd tokenises at once."""
 
 
 def blocks_of_ids(num_rows: int) -> Iterator[Ragged]:
