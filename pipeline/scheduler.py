@@ -70,7 +70,7 @@ def run_workflow(
     Args:
         workflow: what to run, in its order.
         progress: gets what the steps report, each line with the step's id.
-        jobs: processes at once; they share the processor's threads evenly.
+        jobs: processes at once; they share the processor's threads evenly. A step that none can run beside has all.
         plan: the command that prints what `plan_workflow` says of these steps. Asked first where something is there
             already: one process then finds all that is done, instead of one for each step.
         verbose: let the libraries of the steps speak, into their logs.
@@ -107,6 +107,8 @@ class _Run:
         running = 0
         try:
             while waiting or running:
+                # Nothing becomes ready before a step ends, so what begins alone stays alone.
+                is_alone = running == 0 and sum(all(n in results for n in step.needs) for step in waiting) == 1
                 for step in [*waiting]:
                     blocked_by = [
                         need for need in step.needs if need in results and results[need].state in ("failed", "not run")
@@ -122,7 +124,7 @@ class _Run:
                         running += 1
                         count = f"step {len(results) + running} of {len(self.workflow.steps)}"
                         self.progress.info(f"{step.id}: started, {count}", step=step.id)
-                        threads.append(threading.Thread(target=self.one, args=(step,), daemon=True))
+                        threads.append(threading.Thread(target=self.one, args=(step, is_alone), daemon=True))
                         threads[-1].start()
                 if running:
                     result = self.ended.get()
@@ -144,12 +146,12 @@ class _Run:
         else:
             self.progress.info(f"{result.id}: {result.state}", step=result.id)
 
-    def one(self, step: Step) -> None:
-        """Run one step to its end and put its result in the queue; never raises."""
+    def one(self, step: Step, is_alone: bool) -> None:
+        """Run one step to its end, alone or beside others, and put its result in the queue; never raises."""
         started = time.perf_counter()
         try:
             stage = step.resolve(_fingerprint_of(self.workflow))
-            code, printed = self.process(step, stage)
+            code, printed = self.process(step, stage, is_alone)
             result = replace(_read_result(step, code, printed, self.log_of(step)), stage=stage)
         except KdError as error:
             result = StepResult(step.id, step.stage.command, "failed", error=error.to_json())
@@ -161,7 +163,7 @@ class _Run:
     def log_of(self, step: Step) -> Path:
         return Path(self.workflow.output_dir) / "logs" / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', step.id).strip('-')}.log"
 
-    def process(self, step: Step, stage: Stage) -> tuple[int, str]:
+    def process(self, step: Step, stage: Stage, is_alone: bool) -> tuple[int, str]:
         extra = [*(["--overwrite-changed"] if stage.kind else []), *(["--verbose"] if self.verbose else [])]
         command = _process_words(stage, "--json", *extra)
         self.log_of(step).parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +182,7 @@ class _Run:
                     text=True,
                     encoding="utf-8",
                     errors="replace",
-                    env=self.environment(),
+                    env=self.environment(is_alone),
                     process_group=0,
                     pass_fds=[self.lock],
                 )
@@ -195,10 +197,10 @@ class _Run:
             process.stderr.close()
             return code, printed
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, is_alone: bool) -> dict[str, str]:
         given = {**_environment(), "KD_PROGRESS": "json", "KD_TRACEBACK": "1"}
         given.setdefault("KD_PROGRESS_INTERVAL", "0.5")
-        if self.jobs > 1:
+        if self.jobs > 1 and not is_alone:
             given |= thread_environment(self.jobs)
         return given
 

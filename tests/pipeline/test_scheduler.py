@@ -159,6 +159,18 @@ def test_independent_steps_run_side_by_side_and_share_the_threads(env: dict[str,
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
+def test_a_step_that_none_can_run_beside_has_all_threads(env: dict[str, str]) -> None:
+    env.pop("OMP_NUM_THREADS", None)
+    steps = "{id: first, stage: make, with: {log: log}}"
+    for name, needs in (("left", "first"), ("right", "first"), ("last", "[left, right]")):
+        steps += f", {{id: {name}, stage: make, needs: {needs}, with: {{log: log}}}}"
+    Path("flow.yaml").write_text(f"name: flow\nsteps: [{steps}]\n")
+    kd(env, "run", "flow.yaml", "--jobs", "2")
+    half = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    threads = dict(line.split() for line in Path("log").read_text().splitlines())
+    assert threads == {"first": "None", "left": half, "right": half, "last": "None"}
+
+
 def test_steps_report_through_the_workflow_with_their_names(env: dict[str, str]) -> None:
     lines = [json.loads(line) for line in kd(env, "run", "flow.yaml", "--only", "a")["stderr"].splitlines()]
     assert {(line["event"], line.get("task")) for line in lines} >= {("start", "a: making"), ("done", "a: making")}
