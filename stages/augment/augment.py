@@ -148,7 +148,7 @@ class Augment(Stage):
     wordnet: str | None = option(None, help="synonym: folder of the files of WordNet 3.", panel=_OPERATORS)
     word_table: str | None = option(
         None,
-        help="neighbour: checkpoint whose word table is taken, such as the teacher.",
+        help="neighbour: checkpoint whose word table is taken, such as the teacher, or minilm.",
         panel=_OPERATORS,
         metavar="PATH|ID",
     )
@@ -487,13 +487,14 @@ class Augment(Stage):
     @cached_property
     def _folders(self) -> dict[str, str]:
         """The local folders that operators need, by option name."""
+        from ..packaged import checkpoint_source
         from .checkpoint import checkpoint_folder
 
-        given = {name: getattr(self, name) for name, operator in FOLDERS.items() if self._uses(operator)}
-        return {
-            option_name: source if option_name == "wordnet" else str(checkpoint_folder(source))
-            for option_name, source in given.items()
-        }
+        found = {name: getattr(self, name) for name, operator in FOLDERS.items() if self._uses(operator)}
+        for name in found.keys() - {"wordnet"}:
+            source = checkpoint_source(found[name], option=f"--{name.replace('_', '-')}")
+            found[name] = str(checkpoint_folder(source))
+        return found
 
     @cached_property
     def folder_digests(self) -> dict[str, str]:

