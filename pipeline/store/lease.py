@@ -119,9 +119,11 @@ class Leases:
             return True
         try:
             said = json.loads(content)
-            released, seconds = bool(said["released"]), min(float(said["seconds"]), LONGEST_S)
+            released, seconds = bool(said["released"]), float(said["seconds"])
         except (ValueError, KeyError, TypeError):
             released, seconds = False, self.seconds
+        if not 0.0 <= seconds <= LONGEST_S:  # NaN, which no time ever passes, is neither
+            seconds = LONGEST_S
         if released:
             return True
         now = self.clock()

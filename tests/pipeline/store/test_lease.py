@@ -185,9 +185,12 @@ def test_a_damaged_lease_is_waited_for_like_any_other(machines: list[Leases], cl
     assert lease is not None and lease.generation == 8
 
 
-def test_nobody_can_make_others_wait_for_longer_than_an_hour(machines: list[Leases], clock: Clock) -> None:
+@pytest.mark.parametrize("seconds", [1e12, float("inf"), float("nan"), -1.0])
+def test_nobody_can_make_others_wait_for_longer_than_an_hour(
+    machines: list[Leases], clock: Clock, seconds: float
+) -> None:
     leases = machines[0]
-    content = json.dumps({"seconds": 1e12, "released": False}).encode()
+    content = json.dumps({"seconds": seconds, "released": False}).encode()
     leases.filesystem.pipe_file(leases.path("lock", 1), content)
     assert leases.take("lock") is None
     clock.now += 3601.0
