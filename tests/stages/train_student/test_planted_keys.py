@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kd
 from kd.pipeline.progress import MUTED
 from kd.pipeline.stage import execute
 from kd.pipeline.store import open_store, open_view
@@ -215,8 +216,10 @@ SCRIPT = Path(__file__).with_name("planted_runs.py")
 
 @pytest.fixture(scope="module")
 def launched(
-    overlapping: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory, warm_python: str
-) -> Callable[[str], Any]:
+    overlapping: tuple[Any, Any], masked_lm: Path, write_rows: Callable[..., Path], sentences: list[str],
+    token_teacher: Path, write_tagged: Callable[..., Path], tagged_rows: Any,
+    tmp_path_factory: pytest.TempPathFactory, warm_python: str,
+) -> Callable[[str], Any]:  # fmt: skip
     """Trainings in processes of their own, by one or two ranks, some killed by SIGKILL on the way."""
     folder = tmp_path_factory.mktemp("ranks")
     both = {"gradient_accumulation_steps": 1, "num_train_epochs": 1.5}
@@ -227,6 +230,30 @@ def launched(
     codir = "codir:size=4:negatives=5"
     # With this seed the two epochs draw different layers.
     drawing = {"method": ["soft-target", "rail-kd:size=4:final=true", codir, f"{codir}:form=nce"], "seed": 1}
+    kd.cache_teacher(
+        teacher=str(masked_lm), mask_share=0.15, for_=("distilbert",), text_column="text", max_length=64,
+        dataset=str(write_rows(folder / "text.csv", ["text"], [[text] for text in sentences[:40]])),
+        store=str(folder / "store"), output_dir=str(folder / "masked"),
+    )  # fmt: skip
+    masked = {
+        "view": str(folder / "masked"),
+        "student": "bert:num_layers=1:hidden_size=16:heads=4:dropout=0",
+        "method": ["soft-target:5:temperature=2", "hard:2", "distilbert:1"],
+        "max_steps": 4,
+    }
+    kd.cache_teacher(
+        teacher=str(token_teacher), text_column="words", label_column="tags", max_length=12,
+        dataset=str(write_tagged(folder / "tagged.parquet", tagged_rows[:60])),
+        store=str(folder / "of-words"), output_dir=str(folder / "words"),
+    )  # fmt: skip
+    words = {
+        "view": str(folder / "words"),
+        "student": "bilstm:hidden_size=4:dropout=0",
+        "method": ["soft-target:1", "hard:1"],
+        "validation_fraction": 0.4,
+        "eval_steps": 2,
+        "max_steps": 4,
+    }
     runs = [
         {"name": "phases-one", "ranks": 1, "output": "phases-one", "fields": {**phases, **alone}},
         {"name": "phases-two", "ranks": 2, "output": "phases-two", "fields": phases},
@@ -250,6 +277,10 @@ def launched(
         {"name": "shifted", "ranks": 2, "output": "shifted", "fields": both, "shift": True},
         {"name": "drawing-one", "ranks": 1, "output": "drawing-one", "fields": {**alone, **drawing}},
         {"name": "drawing-two", "ranks": 2, "output": "drawing-two", "fields": {**both, **drawing}},
+        {"name": "masked-one", "ranks": 1, "output": "masked-one", "fields": {**alone, **masked}, "unwatched": True},
+        {"name": "masked-two", "ranks": 2, "output": "masked-two", "fields": {**both, **masked}, "unwatched": True},
+        {"name": "words-one", "ranks": 1, "output": "words-one", "fields": {**alone, **words}, "unwatched": True},
+        {"name": "words-two", "ranks": 2, "output": "words-two", "fields": {**both, **words}, "unwatched": True},
     ]
     plan = {
         "folder": str(folder),
@@ -381,6 +412,24 @@ def test_methods_that_draw_draw_alike_on_all_ranks_and_learn_what_one_learns(
     assert len({str(drawn["layers"]) for drawn in two.draws[0]}) == 2, "one draw for each of the two epochs"
     assert len({str(drawn["negatives"]) for drawn in two.draws[0]}) == 18
     assert_same_curve(two, one)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_masked_text_what_one_learns(launched: Callable[[str], Launched]) -> None:
+    """Ranks have other numbers of masked tokens, and their losses are means over examples all the same."""
+    one, two = launched("masked-one"), launched("masked-two")
+    assert one.codes == [0] and two.codes == [0, 0] and len(two.losses()) == 4
+    assert_same_curve(two, one)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_words_what_one_learns(launched: Callable[[str], Launched]) -> None:
+    """Each rank predicts the words of its part of the rows held back; together they score all of them."""
+    one, two = launched("words-one"), launched("words-two")
+    assert one.codes == [0] and two.codes == [0, 0] and len(two.losses()) == 4
+    assert_same_curve(two, one)
+    alone, together = (json.loads((run.folder / run.output / "metrics.json").read_text()) for run in (one, two))
+    assert alone["metrics"].keys() >= {"f1", "agreement"} and together["metrics"] == alone["metrics"]
 
 
 @pytest.mark.slow
