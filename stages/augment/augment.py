@@ -88,6 +88,7 @@ class Augment(Stage):
         None, help="Its second text column; --text-pair-column when not given.", panel=_SOURCE
     )
 
+    transfer_lines: bool = option(False, help="Every line of a further text is a text of its own.", panel=_SOURCE)
     transfer_ratio: float | None = option(
         None, help="Further texts per row of the dataset, sampled; all when not given.", panel=_SOURCE
     )
@@ -264,6 +265,11 @@ class Augment(Stage):
                 raise UsageError(f"{total} variants of each original are asked for; at most 32767 can be numbered")
         if values["num_candidates"] < 1:
             raise UsageError(f"--num-candidates is {values['num_candidates']}; expected 1 or more")
+        if self.transfer_lines and not (self.transfer_dataset and self.text_pair_column is None):
+            raise UsageError(
+                "--transfer-lines needs single texts and --transfer-dataset",
+                fix="leave it out, or give the texts whose lines are meant as --transfer-dataset",
+            )
         if self.transfer_ratio is not None and not (self.transfer_dataset and 0 <= self.transfer_ratio < float("inf")):
             raise UsageError(
                 f"--transfer-ratio is {self.transfer_ratio}; expected 0 or more, and --transfer-dataset",
@@ -366,6 +372,8 @@ class Augment(Stage):
             unused.append("num_candidates")
         if not self.transfer_dataset:
             unused += ["transfer_text_column", "transfer_text_pair_column", "transfer_ratio"]
+        if not self.transfer_lines:  # corpora are older than the option
+            unused.append("transfer_lines")
         if not self.transfer_dataset or self.transfer_ratio is None:
             unused.append("transfer_seed")
         if self.labels_per_class is None and self.labels_total is None:
@@ -431,6 +439,7 @@ class Augment(Stage):
             forbidden=self._excluded[0],
             most=most,
             seed=self.transfer_seed,
+            lines=self.transfer_lines,
         )
 
     @cached_property

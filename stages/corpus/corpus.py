@@ -338,6 +338,7 @@ def join_unlabelled(
     forbidden: Collection[bytes] = (),
     most: int | None = None,
     seed: int = 0,
+    lines: bool = False,
 ) -> Corpus:
     """The corpus followed by the texts of others, without their labels.
 
@@ -351,12 +352,15 @@ def join_unlabelled(
         forbidden: keys of texts that must not be joined.
         most: join so many at most; which follows from the seed and the texts, not from their order.
         seed: which ones.
+        lines: every line of the others is a text.
 
     Raises:
-        RefusedError: single texts joined to pairs, or the other way round.
+        RefusedError: single texts joined to pairs, or the other way round; lines of words.
     """
     if not others:
         return corpus
+    if lines and corpus.info.task == "token":
+        raise RefusedError("lists of words have no lines", fix="leave --transfer-lines out")
     keys_of = keys_of or _ids_of
     known = set(keys_of(*corpus.texts()))
     counts: Counter[str] = Counter()
@@ -373,6 +377,8 @@ def join_unlabelled(
                 "transfer text must have as many texts per row as the dataset", fix="give --transfer-text-pair-column"
             )
         texts_a, texts_b = other.texts()
+        if lines:
+            texts_a = [line.strip() for text in texts_a for line in text.splitlines() if line.strip()]
         source = other.table["source"][0].as_py()
         for row, key in enumerate(keys_of(texts_a, texts_b)):
             if key in forbidden or key in known:

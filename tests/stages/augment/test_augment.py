@@ -437,6 +437,21 @@ def test_transfer_text_is_sampled_by_ratio_whatever_its_order(
     assert not joined >= {r["text_a"] for r in other.table.to_pylist()[:81] if r["source"] == "more.parquet"}
 
 
+def test_every_line_of_a_transfer_text_can_be_a_text(dataset: Path, tmp_path: Path, sentences: list[str]) -> None:
+    """As if each line had come as a row, whatever ends it; what is known, a leak or blank is left out line by line."""
+    (tmp_path / "rows").mkdir()
+    lines = sentences[60:80]
+    documents = ["\n".join([*lines[:8], " ", sentences[0]]), "\r\n".join([f"  {line}" for line in lines[8:]])]
+    for folder, texts, fields in ((tmp_path, documents, {"transfer_lines": True}), (tmp_path / "rows", lines, {})):
+        pq.write_table(pa.table({"body": texts}), folder / "more.parquet")
+        options = {"transfer_dataset": (str(folder / "more.parquet"),), "transfer_text_column": "body"}
+        run(dataset, folder / "corpus", **options, **fields)
+    made, expected = (open_corpus(folder / "corpus").table for folder in (tmp_path, tmp_path / "rows"))
+    assert made.equals(expected)
+    summary = (read_manifest(tmp_path / "corpus") or {})["summary"]
+    assert (summary["transfer_rows"], summary["transfer_known"] + summary["transfer_leaks"]) == (20, 1)
+
+
 # Leakage ---------------------------------------------------------------------------------------------------------
 
 
@@ -561,6 +576,7 @@ def test_presets_fill_in_what_is_not_given() -> None:
         ({"operators": ("recombine",)}, "'recombine' needs pairs"),
         ({"num_candidates": 0}, "--num-candidates is 0"),
         ({"transfer_ratio": 1.0}, "--transfer-ratio is 1.0; expected 0 or more, and --transfer-dataset"),
+        ({"transfer_lines": True}, "--transfer-lines needs single texts and --transfer-dataset"),
         ({"operators": ("mask",), "pos_probability": 0.6}, "add pos to --operators"),
         ({"num_variants": -1}, "--num-variants is -1"),
         ({"num_variants": 1 << 15}, "expected a number from 0 to 32767"),
