@@ -194,7 +194,8 @@ class TrainingOptions(Stage):
         if has_eval:
             values.setdefault("eval_strategy", "steps")
             if values["eval_strategy"] == "steps":
-                values.setdefault("eval_steps", 0.1)
+                # A checkpoint is picked among evaluations, so each must be of an evaluated step.
+                values.setdefault("eval_steps", given.get("save_steps", 0.1))
             values.setdefault("load_best_model_at_end", values["eval_strategy"] != "no")
             if values["load_best_model_at_end"] and "save_strategy" not in given:
                 # transformers can only go back to an evaluation that was also saved.

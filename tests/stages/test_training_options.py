@@ -28,6 +28,8 @@ def test_checkpoints_follow_the_evaluations_that_the_user_asks_for() -> None:
     assert arguments.save_strategy == "epoch"
     arguments = TrainingOptions(eval_steps=50).training_arguments(output_dir="x", has_eval=True)
     assert arguments.save_steps == 50
+    arguments = TrainingOptions(save_steps=40).training_arguments(output_dir="x", has_eval=True)
+    assert arguments.save_steps == arguments.eval_steps == 40
     arguments = TrainingOptions(eval_strategy="no").training_arguments(output_dir="x", has_eval=True)
     assert not arguments.load_best_model_at_end
 

@@ -251,7 +251,6 @@ def launched(
         "student": "bilstm:hidden_size=4:dropout=0",
         "method": ["soft-target:1", "hard:1"],
         "validation_fraction": 0.4,
-        "eval_steps": 2,
         "max_steps": 4,
     }
     runs = [
